@@ -1,0 +1,765 @@
+"""
+What any image pretraining needs and no paper is about: command line, processes, data, schedule, optimiser, checkpoints,
+log, pictures, kNN accuracy, and the one training loop. Nothing here knows of masks, teachers or decoders.
+
+A method file brings three things:
+    draw(rng) -> int array                     what is random about one sample besides its crop; runs in the data worker
+    model(imgs, drawn) -> loss, metrics        imgs (B, 3, H, W) normalised, drawn (B, ...) the stacked draws
+    model.after_step(progress)                 after each optimiser step; progress in [0, 1) of the whole training
+    model.preview(imgs, drawn) -> panels       title -> (B, 3, H, W) or (B, h, w), for preview.png
+    model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
+
+Randomness by key. Sample `index` of `epoch` gets its crop, flip and draw from (seed, epoch, index); the order of an
+epoch comes from (seed, epoch); anything random inside the model from (seed, step, rank). So masks and crops are the
+same for any number of processes, workers and micro-batches, and a checkpoint needs neither generator nor sampler state.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all three papers' code but BootMAE's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# --- config and command line ------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Flags that concern the machine and the run, not the method; a method's Config adds its recipe."""
+    data: str = "shapes"  # [ours] image folder (with train/ and val/ or not), a data set's name (`--data list`), or shapes
+    data_root: str = "data"  # [ours] where named data sets lie, or are downloaded to
+    out_dir: str = "out"  # [ours] checkpoints, log and pictures; a run found there is continued
+    init: str = ""  # [ours] start from the encoder weights in this file: encoder.pt, or MAE's or timm's
+    resume: str = "auto"  # [ours] auto: continue out_dir/last.pt if it is there; or the checkpoint file to continue
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto takes CUDA where there is one
+    precision: typing.Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that have it
+    compile: bool = False  # [ours] torch.compile the model
+    micro_batch: int = 0  # [ours] images per process and forward pass; 0: batch_size / processes, no accumulation
+    num_workers: int = -1  # [ours] data workers per process; -1: the cores divided among processes, at most 10
+    seed: int = 0  # [ours] of everything random
+    clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping, as in MAE and BootMAE
+    max_steps: int = 0  # [ours] stop and save after this many optimiser steps; the schedule still spans all epochs
+    log_every: int = 20  # [ours] steps between lines of the log
+    save_every: int = 1  # [ours] epochs between checkpoints
+    preview_every: int = 1  # [ours] epochs between pictures; 0: only at the end
+    knn_every: int = 0  # [ours] epochs between kNN accuracies of the encoder, needs labels and val/; 0: never
+    knn_images: int = 10000  # [ours] images from train/ that kNN compares with, and a fifth as many from val/ to classify
+    max_bad: float = 0.01  # [ours] the share of unreadable images above which a run stops
+
+    def __post_init__(self):
+        positive = "img_size patch_size embed_dim depth num_heads K decoder_depth decoder_dim decoder_heads epochs " \
+                   "batch_size base_lr reg_batch log_every save_every knn_images"
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            numbers = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, float)]
+            check(all(map(math.isfinite, numbers)), f"--{f.name} must be finite, got {value}")
+            check(f.name not in positive.split() or value > 0, f"--{f.name} must be above 0, got {value}")
+        for name in ("warmup_epochs", "weight_decay", "min_lr", "clip_grad", "max_steps", "preview_every", "knn_every",
+                     "micro_batch", "max_bad"):
+            check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
+        check(0 < self.crop_min <= 1, f"--crop_min must be in (0, 1], got {self.crop_min}")
+        down = self.img_size // self.patch_size * self.patch_size
+        check(self.img_size == down, f"--img_size {self.img_size} is not divisible by --patch_size {self.patch_size}; "
+              f"use {f'{down} or ' * (down > 0)}{down + self.patch_size}")
+
+
+def check(condition, message):
+    """Raise ValueError(message) unless the condition holds; `parse` turns it into one line."""
+    if not condition:
+        raise ValueError(message)
+
+
+def fail(message):
+    """End the program over bad input: one line on stderr, exit code 2."""
+    if RANK == 0 or not dist.is_initialized():
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def say(message):
+    """Print from the first process only, above the progress bar if there is one."""
+    if RANK == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line."""
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, 1)
+            message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+        fail(f"{message} (see --help)".replace("argument --", "--"))
+
+
+def parse(Config, presets, doc="", argv=None):
+    """Command line -> frozen Config: one field, one flag, the field's comment its help; `--preset` replaces defaults."""
+    helps = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    parser = Parser(allow_abbrev=False, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=presets, help="[ours] sizes and starting points: " + "; ".join(
+        f"{k}: {' '.join(f'{f}={v}' for f, v in p.items()) or 'the defaults'}" for k, p in presets.items()))
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        kind, how = hints[f.name], {}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            how["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            how |= dict(nargs="*", type=typing.get_args(kind)[0])
+        else:
+            how["type"] = kind
+        text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    given = (presets.get(given.pop("preset", None)) or {}) | given
+    try:
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    except ValueError as error:
+        fail(str(error))
+
+
+def arguments(function, cfg):
+    """The fields of cfg that `function` takes, by name."""
+    return {name: getattr(cfg, name) for name in inspect.signature(function).parameters if hasattr(cfg, name)}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+class Folder:
+    """Images under a folder, at any depth; the first folder of each path is its class, if all images have one."""
+
+    def __init__(self, root):
+        if not root.is_dir():
+            fail(f"--data {root.absolute()} is not a folder, and no data set's name either; see --data list")
+        files, seen = [], set()
+        for folder, inner, names in os.walk(root, followlinks=True):
+            if os.path.realpath(folder) in seen:  # a link that leads back
+                inner.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            files += [os.path.relpath(os.path.join(folder, n), root) for n in names
+                      if not n.startswith(".") and n.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
+        if not files:
+            fail(f"--data {root.absolute()} holds no images, only {sorted(os.listdir(root))[:3] or 'nothing'}; expected "
+                 f"files ending in {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}, or train/ and val/")
+        self.root = root
+        # One array of bytes: a list of a million strings would be copied into every worker, reference by reference.
+        self.files = np.array(sorted(os.fsencode(f) for f in files))
+        tops = [f.split(b"/")[0] if b"/" in f else b"" for f in self.files]
+        self.classes = sorted(set(tops)) if b"" not in tops else []
+        self.labels = np.searchsorted(self.classes, tops) if self.classes else None
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, i):
+        return os.path.join(self.root, os.fsdecode(self.files[i]))
+
+    def image(self, i):
+        return to_rgb(Image.open(self.name(i)))
+
+    def label(self, i):
+        return int(self.labels[i])
+
+
+TORCHVISION = {  # name: (class, arguments for training, arguments for validation)
+    "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
+    "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
+    "stl10": ("STL10", dict(split="train"), dict(split="test")),
+    "stl10-unlabeled": ("STL10", dict(split="unlabeled"), None),
+    "imagenette": ("Imagenette", dict(split="train", size="320px"), dict(split="val", size="320px")),
+    "imagenet": ("ImageNet", dict(split="train"), dict(split="val")),
+    "food101": ("Food101", dict(split="train"), dict(split="test")),
+    "flowers102": ("Flowers102", dict(split="train"), dict(split="test")),
+    "pets": ("OxfordIIITPet", dict(split="trainval"), dict(split="test")),
+    "dtd": ("DTD", dict(split="train"), dict(split="test")),
+    "aircraft": ("FGVCAircraft", dict(split="trainval"), dict(split="test")),
+    "svhn": ("SVHN", dict(split="train"), dict(split="test")),
+    "gtsrb": ("GTSRB", dict(split="train"), dict(split="test")),
+    "pcam": ("PCAM", dict(split="train"), dict(split="test")),
+}
+
+
+class Named:
+    """A torchvision data set by name, downloaded by the first process where torchvision can."""
+
+    def __init__(self, name, root, split):
+        kind, *how = TORCHVISION[name]
+        self.title, how = f"{name} {split}", how[split == "val"]
+        if how is None:
+            fail(f"--data {name} has no validation images; leave out --knn_every")
+        make = getattr(torchvision.datasets, kind)
+        can_download = "download" in inspect.signature(make).parameters
+        try:
+            if can_download and LOCAL_RANK == 0:
+                make(root, download=True, **how)
+            if dist.is_initialized():
+                dist.barrier()
+            self.set = make(root, **how)
+        except (OSError, RuntimeError) as error:
+            fail(f"--data {name} in --data_root {Path(root).absolute()}: {' '.join(str(error).split())}")
+        self.classes = getattr(self.set, "classes", None) or sorted({int(y) for y in getattr(self.set, "labels", [-1])})
+        self.labels = None if self.classes == [-1] else self.classes
+
+    def __len__(self):
+        return len(self.set)
+
+    def name(self, i):
+        return f"{self.title} [{i}]"
+
+    def image(self, i):
+        return to_rgb(self.set[i][0])
+
+    def label(self, i):
+        return int(self.set[i][1])
+
+
+class Shapes:
+    """Generated pictures, the same on every machine: one to three figures on a ground, all with textures of their own.
+
+    The class is the kind of the largest figure. `item` also gives a mask and boxes, for segmentation and detection.
+    """
+    classes = labels = ("disc", "ring", "square", "triangle", "star", "cross", "bar", "crescent")
+
+    def __init__(self, split, size):
+        self.split, self.size = split, size
+
+    def __len__(self):
+        return 2000 if self.split == "val" else 10000
+
+    def name(self, i):
+        return f"shapes {self.split} [{i}]"
+
+    def image(self, i):
+        return Image.fromarray(self.item(i)["image"])
+
+    def label(self, i):
+        return self.item(i)["label"]
+
+    def item(self, i):
+        """image (S, S, 3) uint8, label, mask (S, S) uint8 with 0 ground and 1 + class, boxes (n, 4) xyxy, classes (n,)."""
+        rng = np.random.default_rng((self.split == "val", i))
+        S = self.size
+        y, x = np.mgrid[:2 * S, :2 * S] / S - 1  # drawn at twice the size, in [-1, 1)
+        canvas, mask = self.texture(rng, x, y), np.zeros((2 * S, 2 * S), np.uint8)
+        sizes = np.sort(rng.uniform([0.45, 0.15, 0.15], [0.8, 0.3, 0.3])[:rng.integers(1, 4)])[::-1]
+        boxes, kinds = [], []
+        for size in sizes:
+            kind, turn = int(rng.integers(len(self.classes))), rng.uniform(0, 2 * math.pi)
+            cx, cy = rng.uniform(size - 1, 1 - size, 2)
+            u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / size
+            v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / size
+            inside = self.figure(kind, u, v)
+            canvas = np.where(inside[..., None], self.texture(rng, u * size, v * size), canvas)
+            mask[inside] = kind + 1
+            rows, cols = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
+            boxes.append([cols[0] / 2, rows[0] / 2, (cols[-1] + 1) / 2, (rows[-1] + 1) / 2])
+            kinds.append(kind)
+        image = canvas.reshape(S, 2, S, 2, 3).mean((1, 3))
+        return dict(image=(image * 255).round().astype(np.uint8), label=kinds[0], mask=mask[::2, ::2],
+                    boxes=np.array(boxes, np.float32), classes=np.array(kinds))
+
+    @staticmethod
+    def texture(rng, x, y):
+        """Two colours mixed by a wave of random direction, frequency and hardness -> (2S, 2S, 3) in [0, 1]."""
+        one, two = rng.uniform(size=(2, 3))
+        angle, frequency, hard = rng.uniform(0, 2 * math.pi), rng.uniform(1, 12), rng.uniform(0.5, 6)
+        wave = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)) + rng.uniform(0, 2 * math.pi))
+        mix = 0.5 + 0.5 * np.clip(hard * wave, -1, 1)[..., None]
+        return one * mix + two * (1 - mix)
+
+    @staticmethod
+    def figure(kind, u, v):
+        """Which points (u, v) lie inside a figure of radius 1."""
+        r, angle = np.hypot(u, v), np.arctan2(v, u)
+        polygon = r * np.cos((angle % (2 * math.pi / 3)) - math.pi / 3)
+        return [r < 1, (r < 1) & (r > 0.6), np.maximum(abs(u), abs(v)) < 0.75, polygon < 0.5,
+                r < 0.65 + 0.35 * np.cos(5 * angle), (np.minimum(abs(u), abs(v)) < 0.28) & (r < 1),
+                (abs(u) < 0.95) & (abs(v) < 0.28), (r < 1) & (np.hypot(u - 0.55, v) > 0.75)][kind]
+
+
+def open_data(cfg, split):
+    """The images of --data for `split`, "train" or "val": an object with len, image(i), label(i), name(i), classes."""
+    if cfg.data == "list":
+        fail("--data takes a folder, shapes, or one of " + ", ".join(TORCHVISION))
+    if cfg.data == "shapes":
+        return Shapes(split, cfg.img_size)
+    if cfg.data in TORCHVISION:
+        return Named(cfg.data, cfg.data_root, split)
+    root = Path(cfg.data)
+    if split == "val" and not (root / "val").is_dir():
+        fail(f"--knn_every needs {root.absolute() / 'val'}, with a folder per class; leave it out for images without labels")
+    return Folder(root / split if (root / split).is_dir() else root)
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB; 16-bit grey is scaled, where PIL alone would saturate it to white.
+
+    Raises ValueError for 32-bit modes, whose range nobody knows.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (PIL mode {image.mode}) have no known range; convert them to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+class Samples(torch.utils.data.Dataset):
+    """Random crops with their draws, by key (epoch, index) -> crop uint8 (3, S, S), draw, key, unreadable files."""
+
+    def __init__(self, source, cfg, draw):
+        self.source, self.draw, self.seed = source, draw, cfg.seed
+        self.crop = v2.Compose([
+            v2.RandomResizedCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip()])
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng((self.seed, *key))
+        torch.default_generator.manual_seed(int(rng.integers(2**62)))  # torchvision's crop and flip
+        drawn = self.draw(rng)
+        index, bad = key[1], []
+        for _ in range(20):
+            try:
+                image = v2.functional.pil_to_tensor(self.source.image(index))
+                return self.crop(image), drawn, key, bad
+            except Exception as error:  # broken files raise nearly anything; each is reported and counted
+                bad.append((self.source.name(index), f"{type(error).__name__}: {error}"))
+                index = int(rng.integers(len(self.source)))
+        raise RuntimeError(f"20 unreadable images in a row, the last {bad[-1][0]}: {bad[-1][1]}")
+
+
+def collate(samples):
+    """List of samples -> images (B, 3, S, S) uint8, draws (B, ...), keys, unreadable files."""
+    imgs, drawn, keys, bad = zip(*samples)
+    return torch.stack(imgs), torch.from_numpy(np.stack(drawn)), keys, sum(bad, [])
+
+
+class Batches:
+    """Keys of this process's micro-batches, from optimiser step `start` to `stop`.
+
+    An epoch is a shuffle of the data set cut into total batches; process r takes the r-th part of each, and
+    `batch_size` not dividing the data set leaves out the rest, others each time.
+    """
+
+    def __init__(self, num_images, cfg, start, stop):
+        self.n, self.cfg, self.start, self.stop = num_images, cfg, start, stop
+        self.per_rank = cfg.batch_size // WORLD
+        self.micro = cfg.micro_batch or self.per_rank
+
+    def __len__(self):
+        return (self.stop - self.start) * (self.per_rank // self.micro)
+
+    def __iter__(self):
+        steps_per_epoch = self.n // self.cfg.batch_size
+        order = epoch = None
+        for step in range(self.start, self.stop):
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
+                order = np.random.default_rng((self.cfg.seed, epoch)).permutation(self.n)
+            first = step % steps_per_epoch * self.cfg.batch_size + RANK * self.per_rank
+            for i in range(first, first + self.per_rank, self.micro):
+                yield [(epoch, int(index)) for index in order[i:i + self.micro]]
+
+
+def normalise(imgs, device):
+    """uint8 (B, 3, H, W) -> float on the device, with ImageNet's mean and deviation."""
+    imgs = imgs.to(device, non_blocking=True).float() / 255
+    return (imgs - imgs.new_tensor(MEAN).view(3, 1, 1)) / imgs.new_tensor(STD).view(3, 1, 1)
+
+
+# --- optimiser and schedule -------------------------------------------------------------------------------------------
+
+def learning_rate(step, steps_per_epoch, cfg):
+    """Linear warm-up from 0, then half a cosine to min_lr, per step; the peak is base_lr * batch_size / 256."""
+    epoch, peak = step / steps_per_epoch, cfg.base_lr * cfg.batch_size / 256
+    if epoch < cfg.warmup_epochs:
+        return peak * epoch / cfg.warmup_epochs
+    done = (epoch - cfg.warmup_epochs) / (cfg.epochs - cfg.warmup_epochs)
+    return cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model, cfg):
+    """Fused AdamW; no weight decay on vectors and scalars (norms, biases, beta), cls token and position table."""
+    decay, keep = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (keep if p.ndim <= 1 or name.endswith(("cls_token", "pos_embed")) else decay).append(p)
+    groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=keep, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def save(state, path):
+    """torch.save that never leaves a half-written file under `path`: write beside, sync, rename; path.prev keeps the last.
+
+    Raises OSError that names the path and the space needed.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".prev.pt"))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot save {path.absolute()}: {error.strerror}") from error
+
+
+def load(path):
+    """Read a checkpoint safely; raises ValueError if it is damaged or none. torch.load alone misses flipped bits."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check(archive.testzip() is None, "flipped bits")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())[:100]})") from None
+
+
+def load_encoder(encoder, path):
+    """Load `encoder` from encoder.pt, or a ViT state dict of MAE or timm, bare or under "model"; decoders are left out.
+
+    Raises ValueError naming what is missing or of another shape.
+    """
+    weights = load(path)
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
+    own = encoder.state_dict()
+    missing = [k for k in own if k not in weights]
+    check(not missing, f"{path} lacks {len(missing)} of {len(own)} encoder tensors, e.g. {missing[:3]}")
+    wrong = [f"{k}: file {tuple(weights[k].shape)}, model {tuple(own[k].shape)}" for k in own
+             if weights[k].shape != own[k].shape]
+    check(not wrong, f"{path} is of another size; {'; '.join(wrong[:3])}")
+    encoder.load_state_dict({k: weights[k] for k in own})
+    say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
+
+
+MAY_CHANGE = {"out_dir", "data_root", "init", "resume", "device", "compile", "micro_batch", "num_workers", "max_steps",
+              "log_every", "save_every", "preview_every", "knn_every", "knn_images", "max_bad"}
+
+
+def resume(cfg, method, out_dir):
+    """The state to continue from, or None: that of --resume, else last.pt in out_dir, else the one kept before it."""
+    paths = [out_dir / "last.pt", out_dir / "last.prev.pt"] if cfg.resume == "auto" else [Path(cfg.resume)]
+    problems = []
+    for path in paths:
+        if not path.exists() and cfg.resume == "auto":
+            continue
+        try:
+            state = load(path)
+            check(isinstance(state, dict) and "optimizer" in state, f"{path} is no training checkpoint (last.pt is one)")
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        was, now = dict(state["config"], method=state["method"]), dict(plain(cfg), method=method)
+        changed = [f"{k}: checkpoint {was.get(k)}, command {now.get(k)}" for k in sorted(was.keys() | now.keys())
+                   if k not in MAY_CHANGE and was.get(k) != now.get(k)]
+        if changed:
+            fail(f"{path} is of another run; give its settings, or another --out_dir\n  " + "\n  ".join(changed[:5]))
+        for problem in problems:
+            say(f"resume     {problem}; going on from {path}")
+        return state
+    if problems:
+        fail("; ".join(problems) + "; move it away to start anew")
+    return None
+
+
+def plain(cfg):
+    """A config as a dict that torch.load(weights_only=True) and JSON both give back unchanged."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
+
+
+# --- what the user sees -----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07):
+    """Weighted nearest-neighbour accuracy of mean patch features, as DINO evaluates -> percent.
+
+    sources: train and val images with labels; each process embeds its share of a fixed subset.
+    """
+    resize = v2.Compose([v2.Resize(cfg.img_size, InterpolationMode.BICUBIC), v2.CenterCrop(cfg.img_size)])
+    features, labels = [], []
+    for source, limit in zip(sources, (cfg.knn_images, max(1, cfg.knn_images // 5))):
+        chosen = np.random.default_rng(0).permutation(len(source))[:limit]
+        mine, found = chosen[RANK::WORLD], []
+        for part in np.array_split(mine, max(1, len(mine) // 100)):
+            imgs = []
+            for i in part:
+                with contextlib.suppress(Exception):  # training reports unreadable files; here they are left out
+                    imgs.append((resize(v2.functional.pil_to_tensor(source.image(i))), source.label(i)))
+            if imgs:
+                with autocast:
+                    x = encoder.norm(encoder(normalise(torch.stack([i for i, _ in imgs]), device))[-1])
+                found.append((F.normalize(x[:, 1:].float().mean(1)).cpu(), torch.tensor([y for _, y in imgs])))
+        if dist.is_initialized():
+            shares = [None] * WORLD
+            dist.all_gather_object(shares, found)
+            found = sum(shares, [])
+        features.append(torch.cat([f for f, _ in found]))
+        labels.append(torch.cat([y for _, y in found]))
+    similarity, nearest = (features[1] @ features[0].T).topk(min(k, len(features[0])))  # (n, k)
+    votes = torch.zeros(len(nearest), int(torch.cat(labels).max()) + 1)
+    votes.scatter_add_(1, labels[0][nearest], (similarity / temperature).exp())
+    return 100 * (votes.argmax(1) == labels[1]).float().mean().item()
+
+
+def save_preview(panels, path):
+    """Draw a dict of panels as a table of pictures: a row per image, a column per panel."""
+    from matplotlib.figure import Figure
+    rows = len(next(iter(panels.values())))
+    figure = Figure((1.5 * len(panels), 1.45 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, len(panels), squeeze=False)
+    for column, (title, pictures) in enumerate(panels.items()):
+        pictures = pictures.float().cpu()
+        for row, picture in enumerate(pictures):
+            ax = axes[row, column]
+            ax.set_axis_off()
+            if picture.ndim == 3:
+                picture = picture * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+                ax.imshow(picture.clamp(0, 1).permute(1, 2, 0))
+            else:
+                drawn = ax.imshow(picture, "viridis", vmin=0, vmax=pictures.max())
+        axes[0, column].set_title(title, fontsize=9)
+        if pictures.ndim == 3:
+            figure.colorbar(drawn, ax=axes[:, column], location="bottom", shrink=0.9, aspect=12)
+    figure.savefig(path, dpi=110)
+
+
+def save_curves(log, path):
+    """Plot every number in a list of log lines against the epoch; names like beta/3 and beta/6 share a plot."""
+    from matplotlib.figure import Figure
+    series = {}
+    for line in log:
+        for key, value in line.items():
+            if key not in ("step", "epoch", "images_per_s", "data_wait"):
+                xs, ys = series.setdefault(key.split("/")[0], {}).setdefault(key, ([], []))
+                xs.append(line["epoch"])
+                ys.append(value)
+    figure = Figure((3.6 * len(series), 3), layout="constrained")
+    for ax, (group, curves) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items()):
+        for key, (xs, ys) in curves.items():
+            ax.plot(xs, ys, label=key, marker="." if len(xs) < 30 else "")
+        ax.set_title(group)
+        ax.set_xlabel("epoch")
+        if len(curves) > 1:
+            ax.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+class Log:
+    """log.jsonl: one line per logged step, each step once; lines after the step resumed from are dropped."""
+
+    def __init__(self, path, step):
+        self.path, self.lines = path, []
+        if path.exists():
+            for text in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
+                    self.lines.append(json.loads(text))
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, **line):
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+def setup(cfg):
+    """Join the other processes if there are any, choose the device -> device, autocast context."""
+    cuda = torch.cuda.is_available()
+    if cfg.device == "cuda" and not cuda:
+        fail("--device cuda, but torch sees no GPU; use --device cpu, or install a driver and a CUDA build of torch")
+    device = torch.device("cuda", LOCAL_RANK) if cuda and cfg.device != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            fail(f"{LOCAL_WORLD} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def train(cfg, model, draw):
+    """Train `model` as `cfg` says; the contract with the model stands at the top of this file."""
+    device, autocast = setup(cfg)
+    method, out_dir = type(model).__name__.lower(), Path(cfg.out_dir)
+    source = open_data(cfg, "train")
+    knn_sources = None
+    if cfg.knn_every:
+        knn_sources = source, open_data(cfg, "val")
+        if knn_sources[0].labels is None or knn_sources[1].labels is None:
+            fail(f"--knn_every needs labels and --data {cfg.data} has none; leave it out")
+
+    micro = cfg.micro_batch or cfg.batch_size // WORLD
+    if cfg.batch_size % (micro * WORLD) if micro else True:
+        fail(f"--batch_size {cfg.batch_size} is not divisible by --micro_batch {micro} x {WORLD} processes")
+    accumulate = cfg.batch_size // (micro * WORLD)
+    steps_per_epoch = len(source) // cfg.batch_size
+    if not steps_per_epoch:
+        fail(f"{len(source)} images in --data {cfg.data} are fewer than --batch_size {cfg.batch_size}; "
+             f"use --batch_size {len(source)} or less")
+    total = steps_per_epoch * cfg.epochs
+    stop = min(cfg.max_steps or total, total)
+
+    state = resume(cfg, method, out_dir)
+    step = state["step"] if state else 0
+    try:
+        if state:
+            model.load_state_dict(state["model"])
+        elif cfg.init:
+            load_encoder(model.encoder, cfg.init)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / ".writable").touch()
+        (out_dir / ".writable").unlink()
+    except ValueError as error:
+        fail(f"--init {error}")
+    except OSError as error:
+        fail(f"--out_dir {out_dir.absolute()} is not writable: {error.strerror}")
+    model.to(device)
+    optimizer = make_optimizer(model, cfg)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    if cfg.compile:
+        model.compile()
+    ddp = DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None, broadcast_buffers=False,
+                                  gradient_as_bucket_view=True) if dist.is_initialized() else model
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peak = cfg.base_lr * cfg.batch_size / 256
+    say(f"data       {cfg.data}: {len(source):,} images, crops of {cfg.img_size} px")
+    say(f"model      {method}, {trainable:,} trainable parameters, encoder "
+        f"{sum(p.numel() for p in model.encoder.parameters() if p.requires_grad):,}")
+    say(f"batch      {cfg.batch_size} = {WORLD} processes x {accumulate} micro-steps x {micro}; "
+        f"lr {peak:.4g} = {cfg.base_lr:g} x {cfg.batch_size} / 256")
+    say(f"steps      {total:,} = {cfg.epochs} epochs x {steps_per_epoch:,}" + (f", until {stop:,}" if stop < total else "")
+        + (f", from {step:,}" if state else ""))
+    say(f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
+        f"{'bf16 autocast' if autocast._enabled else 'fp32'}, torch {torch.__version__}")
+
+    samples = Samples(source, cfg, draw)
+    workers = cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))
+    loader = iter(torch.utils.data.DataLoader(
+        samples, batch_sampler=Batches(len(source), cfg, step, stop), num_workers=workers, collate_fn=collate,
+        pin_memory=device.type == "cuda"))
+    example = collate([samples[0, i] for i in range(min(6, len(source)))])
+
+    def everyone(value):
+        """Mean of a number or tensor over processes."""
+        value = torch.as_tensor(value, dtype=torch.float32, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(value)
+        return (value / WORLD).tolist()
+
+    def report(**line):
+        if RANK == 0:
+            log.write(**line)
+            say("  ".join([f"step {line['step']:6d}", f"epoch {line['epoch']:6.2f}"] + [
+                f"{k} {v:.4g}" for k, v in line.items() if "/" not in k and k not in ("step", "epoch")]))
+
+    def checkpoint():
+        if RANK == 0:
+            save(dict(method=method, step=step, config=plain(cfg), model=model.state_dict(),
+                      optimizer=optimizer.state_dict()), out_dir / "last.pt")
+            keep = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+            save(dict(model=model.encoder.state_dict(), config=dict(
+                {k: getattr(cfg, k) for k in keep}, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
+
+    def pictures():
+        if RANK == 0:
+            imgs, drawn = example[:2]
+            with autocast:
+                panels = model.preview(normalise(imgs, device), drawn.to(device))
+            save_preview(panels, out_dir / "preview.png")
+            save_curves(log.lines, out_dir / "curves.png")
+
+    def knn():
+        accuracy = knn_accuracy(model.encoder, cfg, device, autocast, knn_sources)
+        report(step=step, epoch=step / steps_per_epoch, knn=accuracy)
+
+    log = Log(out_dir / "log.jsonl", step) if RANK == 0 else None
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    if knn_sources and step == 0:
+        knn()
+    bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
+               disable=RANK != 0 or not sys.stderr.isatty())
+    last_time, last_step, waited = time.perf_counter(), step, 0.0
+    while step < stop:
+        lr = learning_rate(step, steps_per_epoch, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        totals = {}
+        for i in range(accumulate):
+            start = time.perf_counter()
+            imgs, drawn, keys, bad = next(loader)
+            waited += time.perf_counter() - start
+            if i == 0:
+                torch.manual_seed(hash((cfg.seed, step, RANK)))
+            # The backward of all but the last micro-step must not talk to other processes, nor its forward prepare to.
+            quiet = ddp.no_sync() if ddp is not model and i < accumulate - 1 else contextlib.nullcontext()
+            with quiet:
+                with autocast:
+                    loss, metrics = ddp(normalise(imgs, device), drawn.to(device, non_blocking=True))
+                (loss / accumulate).backward()
+            for name, value in dict(loss=loss.detach(), **metrics).items():
+                totals[name] = totals.get(name, 0) + value / accumulate
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(step / total)
+        step += 1
+        bar.update(cfg.batch_size)
+        if step % cfg.log_every == 0 or step == stop:
+            values = dict(zip(totals, everyone(torch.stack(list(totals.values())))))
+            now = time.perf_counter()
+            rate, wait = (step - last_step) * cfg.batch_size / (now - last_time), waited / (now - last_time)
+            report(step=step, epoch=step / steps_per_epoch, lr=lr, **values, images_per_s=rate, data_wait=wait)
+            last_time, last_step, waited = now, step, 0.0
+        at_epoch, end = step % steps_per_epoch == 0, step == stop
+        epoch = step // steps_per_epoch
+        if knn_sources and (end or at_epoch and epoch % cfg.knn_every == 0):
+            knn()
+        if end or at_epoch and epoch % cfg.save_every == 0:
+            checkpoint()
+        if end or cfg.preview_every and at_epoch and epoch % cfg.preview_every == 0:
+            pictures()
+    bar.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
