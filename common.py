@@ -63,9 +63,9 @@ class RunConfig:
     clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping, as in MAE and BootMAE
     max_steps: int = 0  # [ours] stop and save after this many optimiser steps; the schedule still spans all epochs
     log_every: int = 20  # [ours] steps between lines of the log
-    save_every: int = 1  # [ours] epochs between checkpoints
-    preview_every: int = 1  # [ours] epochs between pictures; 0: only at the end
-    knn_every: int = 0  # [ours] epochs between kNN accuracies of the encoder, needs labels and val/; 0: never
+    save_every: float = 1.0  # [ours] epochs between checkpoints; fractions are fine here and below
+    preview_every: float = 1.0  # [ours] epochs between pictures; 0: only at the end
+    knn_every: float = 0.0  # [ours] epochs between kNN accuracies of the encoder, needs labels and val/; 0: never
     knn_images: int = 10000  # [ours] images from train/ that kNN compares with, and a fifth as many from val/ to classify
     max_bad: float = 0.01  # [ours] the share of unreadable images above which a run stops
 
@@ -97,6 +97,15 @@ def fail(message):
     if RANK == 0 or not dist.is_initialized():
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def gather(value):
+    """The values of all processes, in order of rank, on each of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
 
 
 def say(message):
@@ -243,11 +252,12 @@ class Named:
 
 
 class Shapes:
-    """Generated pictures, the same on every machine: one to three figures on a ground, all with textures of their own.
+    """Generated pictures, the same on every machine: one to three figures, each kind with a colour and texture of its own.
 
-    The class is the kind of the largest figure. `item` also gives a mask and boxes, for segmentation and detection.
+    Ground, light, sizes, angles and places are random. The class is the largest figure's kind. `item` also gives a mask
+    and boxes, for segmentation and detection.
     """
-    classes = labels = ("disc", "ring", "square", "triangle", "star", "cross", "bar", "crescent")
+    classes = labels = ("disc", "ring", "square", "triangle", "flower", "cross", "bar", "crescent")
 
     def __init__(self, split, size):
         self.split, self.size = split, size
@@ -268,42 +278,59 @@ class Shapes:
         """image (S, S, 3) uint8, label, mask (S, S) uint8 with 0 ground and 1 + class, boxes (n, 4) xyxy, classes (n,)."""
         rng = np.random.default_rng((self.split == "val", i))
         S = self.size
-        y, x = np.mgrid[:2 * S, :2 * S] / S - 1  # drawn at twice the size, in [-1, 1)
-        canvas, mask = self.texture(rng, x, y), np.zeros((2 * S, 2 * S), np.uint8)
-        sizes = np.sort(rng.uniform([0.45, 0.15, 0.15], [0.8, 0.3, 0.3])[:rng.integers(1, 4)])[::-1]
-        boxes, kinds = [], []
-        for size in sizes:
-            kind, turn = int(rng.integers(len(self.classes))), rng.uniform(0, 2 * math.pi)
+        y, x = (np.mgrid[:S, :S].astype(np.float32) + 0.5) * 2 / S - 1  # in [-1, 1]
+        canvas, mask = self.clouds(rng, 3), np.zeros((S, S), np.uint8)
+        boxes, kinds = [], rng.integers(len(self.classes), size=rng.integers(1, 4))
+        for kind, (low, high) in zip(kinds, ((0.6, 0.9), (0.15, 0.25), (0.15, 0.25))):
+            size, turn = rng.uniform(low, high), rng.uniform(0, 2 * math.pi)
             cx, cy = rng.uniform(size - 1, 1 - size, 2)
             u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / size
             v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / size
-            inside = self.figure(kind, u, v)
-            canvas = np.where(inside[..., None], self.texture(rng, u * size, v * size), canvas)
+            inside, texture = self.figure(kind, u, v)
+            hue = 2 * math.pi * (kind / len(self.classes) + rng.uniform(-0.04, 0.04))
+            colour = 0.5 + 0.4 * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3)
+            paint = colour * (0.4 + 0.6 * texture[..., None]) + 0.5 * self.clouds(rng, 1) - 0.25
+            canvas = np.where(inside[..., None], paint, canvas)
             mask[inside] = kind + 1
             rows, cols = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
-            boxes.append([cols[0] / 2, rows[0] / 2, (cols[-1] + 1) / 2, (rows[-1] + 1) / 2])
-            kinds.append(kind)
-        image = canvas.reshape(S, 2, S, 2, 3).mean((1, 3))
-        return dict(image=(image * 255).round().astype(np.uint8), label=kinds[0], mask=mask[::2, ::2],
-                    boxes=np.array(boxes, np.float32), classes=np.array(kinds))
+            boxes.append([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1])
+        light = rng.uniform(0.5, 1.2) * rng.uniform(0.7, 1.3, 3)
+        image = (canvas * light * 255).clip(0, 255).round().astype(np.uint8)
+        return dict(image=image, label=int(kinds[0]), mask=mask, boxes=np.array(boxes, np.float32), classes=kinds)
 
-    @staticmethod
-    def texture(rng, x, y):
-        """Two colours mixed by a wave of random direction, frequency and hardness -> (2S, 2S, 3) in [0, 1]."""
-        one, two = rng.uniform(size=(2, 3))
-        angle, frequency, hard = rng.uniform(0, 2 * math.pi), rng.uniform(1, 12), rng.uniform(0.5, 6)
-        wave = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)) + rng.uniform(0, 2 * math.pi))
-        mix = 0.5 + 0.5 * np.clip(hard * wave, -1, 1)[..., None]
-        return one * mix + two * (1 - mix)
+    def clouds(self, rng, channels):
+        """Noise of three octaves, coarse ones strongest, around 0.5 -> (S, S, channels)."""
+        total = 0.5
+        for cells, strength in ((2, 0.5), (4, 0.25), (8, 0.15)):
+            noise = torch.from_numpy(rng.uniform(-strength, strength, (1, channels, cells + 1, cells + 1)))
+            total = total + F.interpolate(noise, (self.size, self.size), mode="bilinear", align_corners=True)
+        return total[0].permute(1, 2, 0).numpy()
 
     @staticmethod
     def figure(kind, u, v):
-        """Which points (u, v) lie inside a figure of radius 1."""
+        """Which points (u, v) lie inside a figure of radius 1 -> bool (S, S); its texture in [0, 1] -> (S, S)."""
         r, angle = np.hypot(u, v), np.arctan2(v, u)
-        polygon = r * np.cos((angle % (2 * math.pi / 3)) - math.pi / 3)
-        return [r < 1, (r < 1) & (r > 0.6), np.maximum(abs(u), abs(v)) < 0.75, polygon < 0.5,
-                r < 0.65 + 0.35 * np.cos(5 * angle), (np.minimum(abs(u), abs(v)) < 0.28) & (r < 1),
-                (abs(u) < 0.95) & (abs(v) < 0.28), (r < 1) & (np.hypot(u - 0.55, v) > 0.75)][kind]
+
+        def wave(t):
+            return 0.5 + 0.5 * np.sin(t)
+
+        match kind:
+            case 0:
+                return r < 1, wave(4 * u)
+            case 1:
+                return (r < 1) & (r > 0.55), wave(6 * angle)
+            case 2:
+                return np.maximum(abs(u), abs(v)) < 0.8, wave(9 * u) * wave(9 * v)
+            case 3:
+                return r * np.cos(angle % (2 * math.pi / 3) - math.pi / 3) < 0.55, wave(14 * v)
+            case 4:
+                return r < 0.65 + 0.35 * np.cos(5 * angle), wave(12 * r)
+            case 5:
+                return (np.minimum(abs(u), abs(v)) < 0.35) & (r < 1), np.round(wave(9 * u))
+            case 6:
+                return (abs(u) < 1) & (abs(v) < 0.4), np.round(wave(6 * u))
+            case 7:
+                return (r < 1) & (np.hypot(u - 0.6, v) > 0.7), np.round(wave(9 * u) * wave(9 * v) + 0.2)
 
 
 def open_data(cfg, split):
@@ -418,10 +445,10 @@ def make_optimizer(model, cfg):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def save(state, path):
-    """torch.save that never leaves a half-written file under `path`: write beside, sync, rename; path.prev keeps the last.
+def save(state, path, keep_previous=False):
+    """torch.save that never leaves half a file under `path`: write beside it, sync, rename.
 
-    Raises OSError that names the path and the space needed.
+    keep_previous leaves the file that was there as *.prev.pt. Raises OSError that names the path.
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -429,7 +456,7 @@ def save(state, path):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if keep_previous and path.exists():
             os.replace(path, path.with_suffix(".prev.pt"))
         os.replace(temporary, path)
     except OSError as error:
@@ -467,13 +494,14 @@ def load_encoder(encoder, path):
     say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
 
 
-MAY_CHANGE = {"out_dir", "data_root", "init", "resume", "device", "compile", "micro_batch", "num_workers", "max_steps",
+MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "compile", "micro_batch", "num_workers", "max_steps",
               "log_every", "save_every", "preview_every", "knn_every", "knn_images", "max_bad"}
 
 
-def resume(cfg, method, out_dir):
+def resume(cfg, method, num_images):
     """The state to continue from, or None: that of --resume, else last.pt in out_dir, else the one kept before it."""
-    paths = [out_dir / "last.pt", out_dir / "last.prev.pt"] if cfg.resume == "auto" else [Path(cfg.resume)]
+    last = Path(cfg.out_dir) / "last.pt"
+    paths = [last, last.with_suffix(".prev.pt")] if cfg.resume == "auto" else [Path(cfg.resume)]
     problems = []
     for path in paths:
         if not path.exists() and cfg.resume == "auto":
@@ -484,7 +512,7 @@ def resume(cfg, method, out_dir):
         except ValueError as error:
             problems.append(str(error))
             continue
-        was, now = dict(state["config"], method=state["method"]), dict(plain(cfg), method=method)
+        was, now = state["config"], dict(plain(cfg), method=method, num_images=num_images)
         changed = [f"{k}: checkpoint {was.get(k)}, command {now.get(k)}" for k in sorted(was.keys() | now.keys())
                    if k not in MAY_CHANGE and was.get(k) != now.get(k)]
         if changed:
@@ -524,10 +552,7 @@ def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07
                 with autocast:
                     x = encoder.norm(encoder(normalise(torch.stack([i for i, _ in imgs]), device))[-1])
                 found.append((F.normalize(x[:, 1:].float().mean(1)).cpu(), torch.tensor([y for _, y in imgs])))
-        if dist.is_initialized():
-            shares = [None] * WORLD
-            dist.all_gather_object(shares, found)
-            found = sum(shares, [])
+        found = sum(gather(found), [])
         features.append(torch.cat([f for f, _ in found]))
         labels.append(torch.cat([y for _, y in found]))
     similarity, nearest = (features[1] @ features[0].T).topk(min(k, len(features[0])))  # (n, k)
@@ -564,7 +589,7 @@ def save_curves(log, path):
     series = {}
     for line in log:
         for key, value in line.items():
-            if key not in ("step", "epoch", "images_per_s", "data_wait"):
+            if key not in ("step", "epoch", "images_per_s", "data_wait", "unreadable"):
                 xs, ys = series.setdefault(key.split("/")[0], {}).setdefault(key, ([], []))
                 xs.append(line["epoch"])
                 ys.append(value)
@@ -591,7 +616,7 @@ class Log:
         self.lines = [line for line in self.lines if line["step"] <= step]
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def write(self, **line):
+    def write(self, line):
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
         self.lines.append(line)
         with open(self.path, "a") as file:
@@ -628,7 +653,7 @@ def train(cfg, model, draw):
             fail(f"--knn_every needs labels and --data {cfg.data} has none; leave it out")
 
     micro = cfg.micro_batch or cfg.batch_size // WORLD
-    if cfg.batch_size % (micro * WORLD) if micro else True:
+    if not micro or cfg.batch_size % (micro * WORLD):
         fail(f"--batch_size {cfg.batch_size} is not divisible by --micro_batch {micro} x {WORLD} processes")
     accumulate = cfg.batch_size // (micro * WORLD)
     steps_per_epoch = len(source) // cfg.batch_size
@@ -638,7 +663,7 @@ def train(cfg, model, draw):
     total = steps_per_epoch * cfg.epochs
     stop = min(cfg.max_steps or total, total)
 
-    state = resume(cfg, method, out_dir)
+    state = resume(cfg, method, len(source))
     step = state["step"] if state else 0
     try:
         if state:
@@ -673,52 +698,58 @@ def train(cfg, model, draw):
     say(f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"{'bf16 autocast' if autocast._enabled else 'fp32'}, torch {torch.__version__}")
 
+    if step >= stop:
+        say("done       the checkpoint is already there; raise --max_steps or --epochs of a new run to go on")
+        return
+
+    stopping = []  # a signal only leaves its number here; the loop ends the step, saves and exits
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
     samples = Samples(source, cfg, draw)
     workers = cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=Batches(len(source), cfg, step, stop), num_workers=workers, collate_fn=collate,
         pin_memory=device.type == "cuda"))
-    example = collate([samples[0, i] for i in range(min(6, len(source)))])
+    log = Log(out_dir / "log.jsonl", step if state else -1) if RANK == 0 else None
+    unreadable = {}
 
-    def everyone(value):
-        """Mean of a number or tensor over processes."""
-        value = torch.as_tensor(value, dtype=torch.float32, device=device)
-        if dist.is_initialized():
-            dist.all_reduce(value)
-        return (value / WORLD).tolist()
+    def due(epochs):
+        return epochs and step % max(1, round(epochs * steps_per_epoch)) == 0
 
-    def report(**line):
+    def report(line):
+        line = dict(step=step, epoch=step / steps_per_epoch, **line)
         if RANK == 0:
-            log.write(**line)
-            say("  ".join([f"step {line['step']:6d}", f"epoch {line['epoch']:6.2f}"] + [
-                f"{k} {v:.4g}" for k, v in line.items() if "/" not in k and k not in ("step", "epoch")]))
+            log.write(line)
+        say("  ".join([f"step {step:6d}", f"epoch {line['epoch']:6.2f}"] + [
+            f"{k} {v:.4g}" for k, v in line.items() if "/" not in k and k not in ("step", "epoch")]))
+
+    def knn():
+        return dict(knn=knn_accuracy(model.encoder, cfg, device, autocast, knn_sources))
 
     def checkpoint():
-        if RANK == 0:
-            save(dict(method=method, step=step, config=plain(cfg), model=model.state_dict(),
-                      optimizer=optimizer.state_dict()), out_dir / "last.pt")
-            keep = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+        if RANK:
+            return
+        try:
+            save(dict(step=step, config=dict(plain(cfg), method=method, num_images=len(source)),
+                      model=model.state_dict(), optimizer=optimizer.state_dict()), out_dir / "last.pt", True)
+            sizes = {k: getattr(cfg, k) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
             save(dict(model=model.encoder.state_dict(), config=dict(
-                {k: getattr(cfg, k) for k in keep}, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
+                sizes, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
+        except OSError as error:
+            say(f"warning    {error}")
+            if step == stop or stopping:
+                sys.exit(1)
 
     def pictures():
         if RANK == 0:
-            imgs, drawn = example[:2]
+            imgs, drawn, *_ = collate([samples[0, i] for i in range(min(6, len(source)))])
             with autocast:
                 panels = model.preview(normalise(imgs, device), drawn.to(device))
             save_preview(panels, out_dir / "preview.png")
             save_curves(log.lines, out_dir / "curves.png")
 
-    def knn():
-        accuracy = knn_accuracy(model.encoder, cfg, device, autocast, knn_sources)
-        report(step=step, epoch=step / steps_per_epoch, knn=accuracy)
-
-    log = Log(out_dir / "log.jsonl", step) if RANK == 0 else None
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    if knn_sources and step == 0:
-        knn()
+    if knn_sources and not state:
+        report(knn())
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK != 0 or not sys.stderr.isatty())
     last_time, last_step, waited = time.perf_counter(), step, 0.0
@@ -726,14 +757,17 @@ def train(cfg, model, draw):
         lr = learning_rate(step, steps_per_epoch, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        totals = {}
+        totals, all_keys = {}, []
         for i in range(accumulate):
             start = time.perf_counter()
             imgs, drawn, keys, bad = next(loader)
             waited += time.perf_counter() - start
-            if i == 0:
-                torch.manual_seed(hash((cfg.seed, step, RANK)))
-            # The backward of all but the last micro-step must not talk to other processes, nor its forward prepare to.
+            all_keys += keys
+            for name, reason in bad:
+                if unreadable.setdefault(name, reason) is reason:
+                    print(f"unreadable {name}: {reason}", file=sys.stderr, flush=True)
+            torch.manual_seed(hash((cfg.seed, step, RANK, i)))
+            # no_sync must hold around forward and backward: DDP decides in the forward whether to reduce gradients.
             quiet = ddp.no_sync() if ddp is not model and i < accumulate - 1 else contextlib.nullcontext()
             with quiet:
                 with autocast:
@@ -741,25 +775,55 @@ def train(cfg, model, draw):
                 (loss / accumulate).backward()
             for name, value in dict(loss=loss.detach(), **metrics).items():
                 totals[name] = totals.get(name, 0) + value / accumulate
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if cfg.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, norm)
+
+        # The one wait for the device per step: gradients are finite everywhere, or nobody takes the step.
+        flags = torch.stack((~norm.isfinite(), norm.new_tensor(len(stopping)) > 0)).float()
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken, stop_now = flags.tolist()
+        if broken:
+            mine = {k: round(v.item(), 4) for k, v in totals.items() if "beta" not in k}, [samples.source.name(k[1]) for k in all_keys[:3]]
+            for rank, (terms, files) in enumerate(gather(mine)):
+                if not math.isfinite(sum(terms.values())) or rank == WORLD - 1:
+                    break
+            say(f"error: loss or gradient not finite at step {step + 1}, lr {lr:.3g}, rank {rank}: {terms}, images "
+                f"{', '.join(files)}, ...; {out_dir / 'last.pt'} is untouched; try a lower --base_lr or --clip_grad 3")
+            sys.exit(1)
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(step / total)
         step += 1
         bar.update(cfg.batch_size)
-        if step % cfg.log_every == 0 or step == stop:
-            values = dict(zip(totals, everyone(torch.stack(list(totals.values())))))
+
+        end, line = step == stop, {}
+        if end or step % cfg.log_every == 0:
+            values = torch.stack([*totals.values(), norm])
+            if dist.is_initialized():
+                dist.all_reduce(values)
+            all_bad = sorted(set().union(*gather(unreadable.items())))
             now = time.perf_counter()
-            rate, wait = (step - last_step) * cfg.batch_size / (now - last_time), waited / (now - last_time)
-            report(step=step, epoch=step / steps_per_epoch, lr=lr, **values, images_per_s=rate, data_wait=wait)
+            line = dict(zip([*totals, "grad_norm"], (values / WORLD).tolist()), lr=lr, unreadable=len(all_bad),
+                        images_per_s=(step - last_step) * cfg.batch_size / (now - last_time),
+                        data_wait=waited / (now - last_time))
             last_time, last_step, waited = now, step, 0.0
-        at_epoch, end = step % steps_per_epoch == 0, step == stop
-        epoch = step // steps_per_epoch
-        if knn_sources and (end or at_epoch and epoch % cfg.knn_every == 0):
-            knn()
-        if end or at_epoch and epoch % cfg.save_every == 0:
+            if len(all_bad) > cfg.max_bad * len(source):
+                fail(f"{len(all_bad)} of {len(source)} images are unreadable, more than --max_bad {cfg.max_bad:g}: "
+                     + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
+        if knn_sources and (end or due(cfg.knn_every)):
+            line |= knn()
+        if line:
+            report(line)
+        if end or stop_now or due(cfg.save_every):
             checkpoint()
-        if end or cfg.preview_every and at_epoch and epoch % cfg.preview_every == 0:
+        if end or due(cfg.preview_every):
             pictures()
+        if stop_now and not end:
+            say(f"stopped    by a signal after step {step}; the same command goes on from there")
+            sys.exit(128 + (stopping or [signal.SIGTERM])[0])
     bar.close()
     if dist.is_initialized():
         dist.destroy_process_group()

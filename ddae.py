@@ -110,9 +110,9 @@ PRESETS = {
     "base": dict(),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "mae": dict(pixel="plain", feature="none", mask="random", decoder_depth=8),
-    "quick": dict(data="shapes", img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64,
-                  decoder_heads=2, decoder_depth=1, momentum=(0.99,), epochs=20, warmup_epochs=2.0, batch_size=128,
-                  base_lr=2e-3, knn_every=2, log_every=10, out_dir="out/quick"),
+    "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64, decoder_heads=2,
+                  decoder_depth=1, momentum=(0.99,), epochs=2, warmup_epochs=0.3, batch_size=32, base_lr=1.2e-2,
+                  knn_every=1, knn_images=5000, out_dir="out/quick"),
 }
 
 
