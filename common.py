@@ -24,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import typing
 import zipfile
@@ -280,23 +281,27 @@ class Shapes:
         S = self.size
         y, x = (np.mgrid[:S, :S].astype(np.float32) + 0.5) * 2 / S - 1  # in [-1, 1]
         canvas, mask = self.clouds(rng, 3), np.zeros((S, S), np.uint8)
-        boxes, kinds = [], rng.integers(len(self.classes), size=rng.integers(1, 4))
-        for kind, (low, high) in zip(kinds, ((0.6, 0.9), (0.15, 0.25), (0.15, 0.25))):
-            size, turn = rng.uniform(low, high), rng.uniform(0, 2 * math.pi)
+        boxes, kinds = [], []
+        for low, high in ((0.6, 0.9), (0.15, 0.25), (0.15, 0.25))[:rng.integers(1, 4)]:
+            kind, size, turn = int(rng.integers(len(self.classes))), rng.uniform(low, high), rng.uniform(0, 2 * math.pi)
             cx, cy = rng.uniform(size - 1, 1 - size, 2)
             u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / size
             v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / size
             inside, texture = self.figure(kind, u, v)
+            if not inside.any():  # smaller than a pixel
+                continue
             hue = 2 * math.pi * (kind / len(self.classes) + rng.uniform(-0.04, 0.04))
             colour = 0.5 + 0.4 * np.cos(hue + np.array([0, 2, 4]) * math.pi / 3)
             paint = colour * (0.4 + 0.6 * texture[..., None]) + 0.5 * self.clouds(rng, 1) - 0.25
             canvas = np.where(inside[..., None], paint, canvas)
             mask[inside] = kind + 1
+            kinds.append(kind)
             rows, cols = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
             boxes.append([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1])
         light = rng.uniform(0.5, 1.2) * rng.uniform(0.7, 1.3, 3)
         image = (canvas * light * 255).clip(0, 255).round().astype(np.uint8)
-        return dict(image=image, label=int(kinds[0]), mask=mask, boxes=np.array(boxes, np.float32), classes=kinds)
+        return dict(image=image, label=kinds[0], mask=mask, boxes=np.array(boxes, np.float32),
+                    classes=np.array(kinds))
 
     def clouds(self, rng, channels):
         """Noise of three octaves, coarse ones strongest, around 0.5 -> (S, S, channels)."""
@@ -568,13 +573,12 @@ def save_preview(panels, path):
     figure = Figure((1.5 * len(panels), 1.45 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, len(panels), squeeze=False)
     for column, (title, pictures) in enumerate(panels.items()):
-        pictures = pictures.float().cpu()
+        pictures = pictures.float().cpu().numpy()
         for row, picture in enumerate(pictures):
             ax = axes[row, column]
             ax.set_axis_off()
             if picture.ndim == 3:
-                picture = picture * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-                ax.imshow(picture.clamp(0, 1).permute(1, 2, 0))
+                ax.imshow((picture.transpose(1, 2, 0) * STD + MEAN).clip(0, 1))
             else:
                 drawn = ax.imshow(picture, "viridis", vmin=0, vmax=pictures.max())
         axes[0, column].set_title(title, fontsize=9)
@@ -671,8 +675,7 @@ def train(cfg, model, draw):
         elif cfg.init:
             load_encoder(model.encoder, cfg.init)
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / ".writable").touch()
-        (out_dir / ".writable").unlink()
+        tempfile.TemporaryFile(dir=out_dir).close()
     except ValueError as error:
         fail(f"--init {error}")
     except OSError as error:
@@ -683,8 +686,12 @@ def train(cfg, model, draw):
         optimizer.load_state_dict(state["optimizer"])
     if cfg.compile:
         model.compile()
-    ddp = DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None, broadcast_buffers=False,
-                                  gradient_as_bucket_view=True) if dist.is_initialized() else model
+    ddp = model
+    if dist.is_initialized():  # buffers are constants; the flag that leaves them alone was renamed in torch 2.15
+        flag = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
+            DistributedDataParallel).parameters else "broadcast_buffers"
+        ddp = DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True, **{flag: False})
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     peak = cfg.base_lr * cfg.batch_size / 256
