@@ -71,16 +71,13 @@ class RunConfig:
     max_bad: float = 0.01  # [ours] the share of unreadable images above which a run stops
 
     def __post_init__(self):
-        positive = "img_size patch_size embed_dim depth num_heads K decoder_depth decoder_dim decoder_heads epochs " \
-                   "batch_size base_lr reg_batch log_every save_every knn_images"
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            numbers = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, float)]
-            check(all(map(math.isfinite, numbers)), f"--{f.name} must be finite, got {value}")
-            check(f.name not in positive.split() or value > 0, f"--{f.name} must be above 0, got {value}")
-        for name in ("warmup_epochs", "weight_decay", "min_lr", "clip_grad", "max_steps", "preview_every", "knn_every",
-                     "micro_batch", "max_bad"):
+            values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
+            check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
+        above(0, self, "img_size patch_size epochs batch_size base_lr log_every save_every knn_images")
+        for name in "micro_batch clip_grad max_steps preview_every knn_every max_bad warmup_epochs weight_decay min_lr".split():
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
+        check(self.warmup_epochs < self.epochs, f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
         check(0 < self.crop_min <= 1, f"--crop_min must be in (0, 1], got {self.crop_min}")
         down = self.img_size // self.patch_size * self.patch_size
         check(self.img_size == down, f"--img_size {self.img_size} is not divisible by --patch_size {self.patch_size}; "
@@ -91,6 +88,12 @@ def check(condition, message):
     """Raise ValueError(message) unless the condition holds; `parse` turns it into one line."""
     if not condition:
         raise ValueError(message)
+
+
+def above(limit, cfg, names):
+    """Check that every flag in `names`, separated by spaces, is above the limit."""
+    for name in names.split():
+        check(getattr(cfg, name) > limit, f"--{name} must be above {limit}, got {getattr(cfg, name)}")
 
 
 def fail(message):
@@ -597,8 +600,10 @@ def save_curves(log, path):
                 xs, ys = series.setdefault(key.split("/")[0], {}).setdefault(key, ([], []))
                 xs.append(line["epoch"])
                 ys.append(value)
-    figure = Figure((3.6 * len(series), 3), layout="constrained")
-    for ax, (group, curves) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items()):
+    rows = math.ceil(len(series) / 5)
+    figure = Figure((16, 3 * rows), layout="constrained")
+    for i, (group, curves) in enumerate(series.items()):
+        ax = figure.add_subplot(rows, 5, i + 1)
         for key, (xs, ys) in curves.items():
             ax.plot(xs, ys, label=key, marker="." if len(xs) < 30 else "")
         ax.set_title(group)
@@ -811,7 +816,7 @@ def train(cfg, model, draw):
             values = torch.stack([*totals.values(), norm])
             if dist.is_initialized():
                 dist.all_reduce(values)
-            all_bad = sorted(set().union(*gather(unreadable.items())))
+            all_bad = sorted(set().union(*gather(list(unreadable.items()))))
             now = time.perf_counter()
             line = dict(zip([*totals, "grad_norm"], (values / WORLD).tolist()), lr=lr, unreadable=len(all_bad),
                         images_per_s=(step - last_step) * cfg.batch_size / (now - last_time),

@@ -87,6 +87,7 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check = common.check
+        common.above(0, self, "embed_dim depth num_heads K decoder_depth decoder_dim decoder_heads reg_batch")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
             w, h = getattr(self, width), getattr(self, heads)
             check(w % 4 == 0 and w % h == 0, f"--{width} {w} must be divisible by 4 and by --{heads} {h}")

@@ -102,7 +102,7 @@ def test_one_process_two_processes_four_micro_steps(tmp_path):
     for name in ("two", "micro", "both"):
         for a, b in zip(one, log(tmp_path / name)):
             for key in a:
-                if key not in ("images_per_s", "data_wait"):
+                if key not in ("images_per_s", "data_wait") and "target_std" not in key:  # a spread over the local batch
                     assert b[key] == pytest.approx(a[key], rel=1e-5, abs=2e-6), (name, a["step"], key)
         other = torch.load(tmp_path / name / "last.pt", weights_only=True)
         assert other["model"].keys() == exact["model"].keys()  # no "module." of DDP
