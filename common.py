@@ -6,6 +6,7 @@ A method file brings three things:
     draw(rng) -> int array                     what is random about one sample besides its crop; runs in the data worker
     model(imgs, drawn) -> loss, metrics        imgs (B, 3, H, W) normalised, drawn (B, ...) the stacked draws
     model.after_step(progress)                 after each optimiser step; progress in [0, 1) of the whole training
+    model.after_init()                         after --init has loaded weights into model.encoder
     model.preview(imgs, drawn) -> panels       title -> (B, 3, H, W) or (B, h, w), for preview.png
     model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
 
@@ -16,11 +17,14 @@ same for any number of processes, workers and micro-batches, and a checkpoint ne
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
+import functools
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -41,8 +45,9 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all three papers' code but BootMAE's
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # what torchrun says; a plain run is one process
+    int(os.environ[name]) if "RANK" in os.environ else default
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
 
 # --- config and command line ------------------------------------------------------------------------------------------
@@ -75,9 +80,10 @@ class RunConfig:
             values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
             check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
         above(0, self, "img_size patch_size epochs batch_size base_lr log_every save_every knn_images")
-        for name in "micro_batch clip_grad max_steps preview_every knn_every max_bad warmup_epochs weight_decay min_lr".split():
+        for name in "micro_batch clip_grad max_steps preview_every knn_every max_bad warmup_epochs weight_decay min_lr seed".split():
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(self.warmup_epochs < self.epochs, f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
+        check(all(0 <= b < 1 for b in self.adam_betas), f"--adam_betas must be in [0, 1), got {self.adam_betas}")
         check(0 < self.crop_min <= 1, f"--crop_min must be in (0, 1], got {self.crop_min}")
         down = self.img_size // self.patch_size * self.patch_size
         check(self.img_size == down, f"--img_size {self.img_size} is not divisible by --patch_size {self.patch_size}; "
@@ -97,8 +103,8 @@ def above(limit, cfg, names):
 
 
 def fail(message):
-    """End the program over bad input: one line on stderr, exit code 2."""
-    if RANK == 0 or not dist.is_initialized():
+    """End the program over bad input: one line on stderr per machine, exit code 2."""
+    if LOCAL_RANK == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -216,8 +222,6 @@ TORCHVISION = {  # name: (class, arguments for training, arguments for validatio
     "dtd": ("DTD", dict(split="train"), dict(split="test")),
     "aircraft": ("FGVCAircraft", dict(split="trainval"), dict(split="test")),
     "svhn": ("SVHN", dict(split="train"), dict(split="test")),
-    "gtsrb": ("GTSRB", dict(split="train"), dict(split="test")),
-    "pcam": ("PCAM", dict(split="train"), dict(split="test")),
 }
 
 
@@ -230,10 +234,10 @@ class Named:
         if how is None:
             fail(f"--data {name} has no validation images; leave out --knn_every")
         make = getattr(torchvision.datasets, kind)
-        can_download = "download" in inspect.signature(make).parameters
+        download = dict(download=True) if "download" in inspect.signature(make).parameters else {}
         try:
-            if can_download and LOCAL_RANK == 0:
-                make(root, download=True, **how)
+            if LOCAL_RANK == 0:  # the others wait until it is downloaded and unpacked
+                make(root, **download, **how)
             if dist.is_initialized():
                 dist.barrier()
             self.set = make(root, **how)
@@ -367,6 +371,10 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+class Unreadable(RuntimeError):
+    """Image after image could not be read."""
+
+
 class Samples(torch.utils.data.Dataset):
     """Random crops with their draws, by key (epoch, index) -> crop uint8 (3, S, S), draw, key, unreadable files."""
 
@@ -388,13 +396,18 @@ class Samples(torch.utils.data.Dataset):
             except Exception as error:  # broken files raise nearly anything; each is reported and counted
                 bad.append((self.source.name(index), f"{type(error).__name__}: {error}"))
                 index = int(rng.integers(len(self.source)))
-        raise RuntimeError(f"20 unreadable images in a row, the last {bad[-1][0]}: {bad[-1][1]}")
+        raise Unreadable(f"20 unreadable images in a row, the last {bad[-1][0]}: {bad[-1][1]}")
 
 
 def collate(samples):
     """List of samples -> images (B, 3, S, S) uint8, draws (B, ...), keys, unreadable files."""
     imgs, drawn, keys, bad = zip(*samples)
     return torch.stack(imgs), torch.from_numpy(np.stack(drawn)), keys, sum(bad, [])
+
+
+def own_group(worker):
+    """Data workers leave the process group: a SIGTERM to all of it must not take them before the last step is done."""
+    os.setpgrp()
 
 
 class Batches:
@@ -424,10 +437,16 @@ class Batches:
                 yield [(epoch, int(index)) for index in order[i:i + self.micro]]
 
 
+@functools.cache
+def mean_std(device):
+    """ImageNet's mean and deviation (3, 1, 1) on the device; copied there once, since a copy waits for the GPU."""
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
+
+
 def normalise(imgs, device):
     """uint8 (B, 3, H, W) -> float on the device, with ImageNet's mean and deviation."""
-    imgs = imgs.to(device, non_blocking=True).float() / 255
-    return (imgs - imgs.new_tensor(MEAN).view(3, 1, 1)) / imgs.new_tensor(STD).view(3, 1, 1)
+    mean, std = mean_std(device)
+    return (imgs.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
 # --- optimiser and schedule -------------------------------------------------------------------------------------------
@@ -480,6 +499,8 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and plain values; save only its 'model' anew") from None
     except Exception as error:
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())[:100]})") from None
 
@@ -502,7 +523,7 @@ def load_encoder(encoder, path):
     say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
 
 
-MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "compile", "micro_batch", "num_workers", "max_steps",
+MAY_CHANGE = {"clip_grad", "precision", "data", "data_root", "out_dir", "init", "resume", "device", "compile", "micro_batch", "num_workers", "max_steps",
               "log_every", "save_every", "preview_every", "knn_every", "knn_images", "max_bad"}
 
 
@@ -641,12 +662,13 @@ def setup(cfg):
         fail("--device cuda, but torch sees no GPU; use --device cpu, or install a driver and a CUDA build of torch")
     device = torch.device("cuda", LOCAL_RANK) if cuda and cfg.device != "cpu" else torch.device("cpu")
     if device.type == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
+        if LOCAL_WORLD > torch.cuda.device_count():
             fail(f"{LOCAL_WORLD} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda"
+                                       and torch.cuda.is_bf16_supported(including_emulation=False))
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -660,6 +682,8 @@ def train(cfg, model, draw):
         knn_sources = source, open_data(cfg, "val")
         if knn_sources[0].labels is None or knn_sources[1].labels is None:
             fail(f"--knn_every needs labels and --data {cfg.data} has none; leave it out")
+        if list(knn_sources[0].classes) != list(knn_sources[1].classes):
+            fail(f"train/ and val/ of --data {cfg.data} have different classes; make them the same, or leave out --knn_every")
 
     micro = cfg.micro_batch or cfg.batch_size // WORLD
     if not micro or cfg.batch_size % (micro * WORLD):
@@ -673,12 +697,15 @@ def train(cfg, model, draw):
     stop = min(cfg.max_steps or total, total)
 
     state = resume(cfg, method, len(source))
-    step = state["step"] if state else 0
+    resumed, step = state is not None, state["step"] if state else 0
+    if len(set(gather((step, len(source))))) > 1:
+        fail(f"processes differ in (step, images): {gather((step, len(source)))}; all machines must see one --out_dir and --data")
     try:
         if state:
             model.load_state_dict(state["model"])
         elif cfg.init:
             load_encoder(model.encoder, cfg.init)
+            model.after_init()
         out_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
     except ValueError as error:
@@ -689,6 +716,7 @@ def train(cfg, model, draw):
     optimizer = make_optimizer(model, cfg)
     if state:
         optimizer.load_state_dict(state["optimizer"])
+    del state
     if cfg.compile:
         model.compile()
     ddp = model
@@ -706,23 +734,29 @@ def train(cfg, model, draw):
     say(f"batch      {cfg.batch_size} = {WORLD} processes x {accumulate} micro-steps x {micro}; "
         f"lr {peak:.4g} = {cfg.base_lr:g} x {cfg.batch_size} / 256")
     say(f"steps      {total:,} = {cfg.epochs} epochs x {steps_per_epoch:,}" + (f", until {stop:,}" if stop < total else "")
-        + (f", from {step:,}" if state else ""))
+        + (f", from {step:,}" if resumed else ""))
     say(f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"{'bf16 autocast' if autocast._enabled else 'fp32'}, torch {torch.__version__}")
 
-    if step >= stop:
+    if step >= stop:  # nothing is written
         say("done       the checkpoint is already there; raise --max_steps or --epochs of a new run to go on")
         return
 
     stopping = []  # a signal only leaves its number here; the loop ends the step, saves and exits
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
+    def on_signal(number, frame):
+        stopping.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
     samples = Samples(source, cfg, draw)
-    workers = cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, cores // LOCAL_WORLD))
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=Batches(len(source), cfg, step, stop), num_workers=workers, collate_fn=collate,
-        pin_memory=device.type == "cuda"))
-    log = Log(out_dir / "log.jsonl", step if state else -1) if RANK == 0 else None
+        worker_init_fn=own_group, pin_memory=device.type == "cuda"))
+    log = Log(out_dir / "log.jsonl", step if resumed else -1) if RANK == 0 else None
     unreadable = {}
 
     def due(epochs):
@@ -757,10 +791,13 @@ def train(cfg, model, draw):
             imgs, drawn, *_ = collate([samples[0, i] for i in range(min(6, len(source)))])
             with autocast:
                 panels = model.preview(normalise(imgs, device), drawn.to(device))
-            save_preview(panels, out_dir / "preview.png")
-            save_curves(log.lines, out_dir / "curves.png")
+            try:
+                save_preview(panels, out_dir / "preview.png")
+                save_curves(log.lines, out_dir / "curves.png")
+            except OSError as error:
+                say(f"warning    cannot save pictures in {out_dir.absolute()}: {error.strerror}")
 
-    if knn_sources and not state:
+    if knn_sources and not resumed:
         report(knn())
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK != 0 or not sys.stderr.isatty())
@@ -772,7 +809,10 @@ def train(cfg, model, draw):
         totals, all_keys = {}, []
         for i in range(accumulate):
             start = time.perf_counter()
-            imgs, drawn, keys, bad = next(loader)
+            try:
+                imgs, drawn, keys, bad = next(loader)
+            except Unreadable as error:
+                fail(str(error).strip().splitlines()[-1])
             waited += time.perf_counter() - start
             all_keys += keys
             for name, reason in bad:
@@ -781,10 +821,13 @@ def train(cfg, model, draw):
             torch.manual_seed(hash((cfg.seed, step, RANK, i)))
             # no_sync must hold around forward and backward: DDP decides in the forward whether to reduce gradients.
             quiet = ddp.no_sync() if ddp is not model and i < accumulate - 1 else contextlib.nullcontext()
-            with quiet:
-                with autocast:
-                    loss, metrics = ddp(normalise(imgs, device), drawn.to(device, non_blocking=True))
-                (loss / accumulate).backward()
+            try:
+                with quiet:
+                    with autocast:
+                        loss, metrics = ddp(normalise(imgs, device), drawn.to(device, non_blocking=True))
+                    (loss / accumulate).backward()
+            except torch.OutOfMemoryError:
+                fail(f"out of GPU memory with {micro} images per process at a time; use --micro_batch {max(1, micro // 2)}")
             for name, value in dict(loss=loss.detach(), **metrics).items():
                 totals[name] = totals.get(name, 0) + value / accumulate
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -793,7 +836,7 @@ def train(cfg, model, draw):
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, norm)
 
         # The one wait for the device per step: gradients are finite everywhere, or nobody takes the step.
-        flags = torch.stack((~norm.isfinite(), norm.new_tensor(len(stopping)) > 0)).float()
+        flags = torch.stack((~norm.isfinite(), torch.full((), bool(stopping), device=device))).float()
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         broken, stop_now = flags.tolist()
@@ -803,7 +846,8 @@ def train(cfg, model, draw):
                 if not math.isfinite(sum(terms.values())) or rank == WORLD - 1:
                     break
             say(f"error: loss or gradient not finite at step {step + 1}, lr {lr:.3g}, rank {rank}: {terms}, images "
-                f"{', '.join(files)}, ...; {out_dir / 'last.pt'} is untouched; try a lower --base_lr or --clip_grad 3")
+                f"{', '.join(files)}, ...; {out_dir / 'last.pt'} is untouched; "
+                f"go on from it with --clip_grad 3 or --precision fp32, or start anew with a lower --base_lr")
             sys.exit(1)
         optimizer.step()
         optimizer.zero_grad()
@@ -825,14 +869,16 @@ def train(cfg, model, draw):
             if len(all_bad) > cfg.max_bad * len(source):
                 fail(f"{len(all_bad)} of {len(source)} images are unreadable, more than --max_bad {cfg.max_bad:g}: "
                      + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
-        if knn_sources and (end or due(cfg.knn_every)):
+        pause = time.perf_counter()
+        if knn_sources and not stop_now and (end or due(cfg.knn_every)):
             line |= knn()
         if line:
             report(line)
         if end or stop_now or due(cfg.save_every):
             checkpoint()
-        if end or due(cfg.preview_every):
+        if end or due(cfg.preview_every) and not stop_now:
             pictures()
+        last_time += time.perf_counter() - pause
         if stop_now and not end:
             say(f"stopped    by a signal after step {step}; the same command goes on from there")
             sys.exit(128 + (stopping or [signal.SIGTERM])[0])

@@ -440,6 +440,11 @@ class DDAE(nn.Module):
             error = error * self.supervised(weight, kind)
         return (self.supervised(self.loss_scale, kind) * error.mean((1, 2))).sum()
 
+    def after_init(self):
+        """The teacher starts as a copy of the encoder, also of one loaded with --init."""
+        if self.feature != "none":
+            self.teacher.load_state_dict(self.encoder.state_dict())
+
     @torch.no_grad()
     def after_step(self, progress):
         """Eq. 4, after the optimiser step; progress in [0, 1) of the whole training."""
