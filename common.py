@@ -80,9 +80,11 @@ class RunConfig:
             values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
             check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
         above(0, self, "img_size patch_size epochs batch_size base_lr log_every save_every knn_images")
-        for name in "micro_batch clip_grad max_steps preview_every knn_every max_bad warmup_epochs weight_decay min_lr seed".split():
+        for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "knn_every", "max_bad", "warmup_epochs",
+                     "weight_decay", "min_lr", "seed"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        check(self.warmup_epochs < self.epochs, f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
+        check(self.warmup_epochs < self.epochs,
+              f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
         check(all(0 <= b < 1 for b in self.adam_betas), f"--adam_betas must be in [0, 1), got {self.adam_betas}")
         check(0 < self.crop_min <= 1, f"--crop_min must be in (0, 1], got {self.crop_min}")
         down = self.img_size // self.patch_size * self.patch_size
@@ -523,8 +525,9 @@ def load_encoder(encoder, path):
     say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
 
 
-MAY_CHANGE = {"clip_grad", "precision", "data", "data_root", "out_dir", "init", "resume", "device", "compile", "micro_batch", "num_workers", "max_steps",
-              "log_every", "save_every", "preview_every", "knn_every", "knn_images", "max_bad"}
+MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "precision", "compile", "micro_batch",
+              "num_workers", "clip_grad", "max_steps", "log_every", "save_every", "preview_every", "knn_every",
+              "knn_images", "max_bad"}
 
 
 def resume(cfg, method, num_images):
@@ -683,7 +686,8 @@ def train(cfg, model, draw):
         if knn_sources[0].labels is None or knn_sources[1].labels is None:
             fail(f"--knn_every needs labels and --data {cfg.data} has none; leave it out")
         if list(knn_sources[0].classes) != list(knn_sources[1].classes):
-            fail(f"train/ and val/ of --data {cfg.data} have different classes; make them the same, or leave out --knn_every")
+            fail(f"train/ and val/ of --data {cfg.data} have different classes; make them the same, "
+                 "or leave out --knn_every")
 
     micro = cfg.micro_batch or cfg.batch_size // WORLD
     if not micro or cfg.batch_size % (micro * WORLD):
@@ -698,8 +702,9 @@ def train(cfg, model, draw):
 
     state = resume(cfg, method, len(source))
     resumed, step = state is not None, state["step"] if state else 0
-    if len(set(gather((step, len(source))))) > 1:
-        fail(f"processes differ in (step, images): {gather((step, len(source)))}; all machines must see one --out_dir and --data")
+    seen = gather((step, len(source)))
+    if len(set(seen)) > 1:
+        fail(f"processes differ in (step, images): {seen}; all machines must see one --out_dir and --data")
     try:
         if state:
             model.load_state_dict(state["model"])
@@ -743,6 +748,7 @@ def train(cfg, model, draw):
         return
 
     stopping = []  # a signal only leaves its number here; the loop ends the step, saves and exits
+
     def on_signal(number, frame):
         stopping.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
@@ -766,8 +772,8 @@ def train(cfg, model, draw):
         line = dict(step=step, epoch=step / steps_per_epoch, **line)
         if RANK == 0:
             log.write(line)
-        say("  ".join([f"step {step:6d}", f"epoch {line['epoch']:6.2f}"] + [
-            f"{k} {v:.4g}" for k, v in line.items() if "/" not in k and k not in ("step", "epoch")]))
+        shown = {k: v for k, v in line.items() if "/" not in k and k not in ("step", "epoch") and (v or k != "unreadable")}
+        say("  ".join([f"step {step:6d}", f"epoch {line['epoch']:6.2f}", *(f"{k} {v:.4g}" for k, v in shown.items())]))
 
     def knn():
         return dict(knn=knn_accuracy(model.encoder, cfg, device, autocast, knn_sources))
@@ -841,8 +847,9 @@ def train(cfg, model, draw):
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         broken, stop_now = flags.tolist()
         if broken:
-            mine = {k: round(v.item(), 4) for k, v in totals.items() if "beta" not in k}, [samples.source.name(k[1]) for k in all_keys[:3]]
-            for rank, (terms, files) in enumerate(gather(mine)):
+            terms = {k: round(v.item(), 4) for k, v in totals.items() if not k.startswith("beta")}
+            files = [source.name(index) for _, index in all_keys[:3]]
+            for rank, (terms, files) in enumerate(gather((terms, files))):
                 if not math.isfinite(sum(terms.values())) or rank == WORLD - 1:
                     break
             say(f"error: loss or gradient not finite at step {step + 1}, lr {lr:.3g}, rank {rank}: {terms}, images "
