@@ -30,7 +30,10 @@ Differs from, or is not said in, the papers (the README says more, and which tes
   - ||.||_2 is summed over the batch in Algorithm 1; here it is mean * `reg_batch`, the same for any batch size
   - the maximum in h_beta stays in the graph; beta is fp32, has no weight decay and the common learning rate
   - momentum rises as in [ICLR App. A] and BootMAE's code; both texts also say 0.9999 (`--momentum 0.9999`)
-  - AdamW, where [ICLR App. A] says Adam with weight decay; cosine to 0
+  - distances are raw, as Eq. 2 defines them, though the figures show them divided by the largest
+  - pixel and feature branch share a beta per tap, as the symbols and the single sum of Eq. 6 suggest
+  - the last tap is weighted like the others, in DDS-MAE too, which keeps MAE's random mask
+  - AdamW, where [ICLR App. A] says Adam with weight decay; cosine to 0; MAE's initialisation, ImageNet mean and deviation
 
 Run:
     python ddae.py --preset quick                                       # generated images, 2 CPU cores, 2 minutes
