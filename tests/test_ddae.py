@@ -44,6 +44,9 @@ def test_masks_are_exact(mask, size, patch, ratio):
     for seed in range(100):
         ids = ddae.draw_mask(np.random.default_rng(seed), size, patch, mask, ratio)
         assert sorted(ids) == list(range(N))
+        if mask == "block":  # visible patches come first, all of them
+            masked = ddae.block_mask(np.random.default_rng(seed), (size // patch,) * 2, N - visible).ravel()
+            assert masked.sum() == N - visible and not masked[ids[:visible]].any()
         distinct.add(tuple(sorted(ids[:visible])))
     assert len(distinct) > 80 or N == 4
 
@@ -240,6 +243,8 @@ def test_every_ablation_trains_what_it_should(pixel, feature):
     for name, p in model.named_parameters():  # DDP needs a gradient for every trainable parameter
         assert (p.grad is not None) == p.requires_grad, name
         assert not (name.startswith("teacher") and p.requires_grad)
+    assert model.beta.requires_grad == bool({pixel, feature} & {"d", "dds"})
+    assert not make(pixel=pixel, feature=feature, beta_learnable=False).beta.requires_grad
     moved = {i for i in range(4) if model.beta.requires_grad and model.beta.grad[i] != 0}
     assert moved == set(range(4) if "dds" in (pixel, feature) else [3] if "d" in (pixel, feature) else [])
     for kind, name in ((pixel, "pixel"), (feature, "feature")):
