@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import inspect
 import json
@@ -26,11 +27,13 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import typing
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -48,6 +51,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all t
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # what torchrun says; a plain run is one process
     int(os.environ[name]) if "RANK" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # such a file counts as unreadable
 
 
 # --- config and command line ------------------------------------------------------------------------------------------
@@ -104,11 +108,14 @@ def above(limit, cfg, names):
         check(getattr(cfg, name) > limit, f"--{name} must be above {limit}, got {getattr(cfg, name)}")
 
 
-def fail(message):
-    """End the program over bad input: one line on stderr per machine, exit code 2."""
-    if LOCAL_RANK == 0:
+def fail(message, code=2, alone=False):
+    """End the program with one line on stderr per machine; code 2 is bad input.
+
+    alone: this process found the fault by itself, so it speaks whatever its rank; torchrun then ends the others.
+    """
+    if alone or LOCAL_RANK == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def gather(value):
@@ -488,9 +495,11 @@ def save(state, path, keep_previous=False):
         if keep_previous and path.exists():
             os.replace(path, path.with_suffix(".prev.pt"))
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save wraps the system's error in one of its own
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot save {path.absolute()}: {error.strerror}") from error
+        system = error if isinstance(error, OSError) else error.__context__
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise OSError(f"cannot save {path.absolute()}: {getattr(system, 'strerror', error)} ({free} MiB free)") from error
 
 
 def load(path):
@@ -638,22 +647,43 @@ def save_curves(log, path):
 
 
 class Log:
-    """log.jsonl: one line per logged step, each step once; lines after the step resumed from are dropped."""
+    """log.jsonl: one line per logged step, each step once, in order; what follows the step resumed from is cut off.
+
+    The open file carries a lock that ends with the process: a second run in the same folder is refused.
+    """
 
     def __init__(self, path, step):
-        self.path, self.lines = path, []
-        if path.exists():
-            for text in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
-                    self.lines.append(json.loads(text))
-        self.lines = [line for line in self.lines if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.lines, end = [], 0
+        try:
+            self.file = open(path, "a+")
+        except OSError as error:
+            fail(f"cannot write {path.absolute()}: {error.strerror}")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            fail(f"another run is writing to {path.parent.absolute()}; wait for it or use another --out_dir")
+        except OSError:  # a file system without locks
+            pass
+        self.file.seek(0)
+        for text in self.file.read().splitlines(keepends=True):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # torn by a kill
+                break
+            if line["step"] > step or not text.endswith("\n"):
+                break
+            self.lines.append(line)
+            end += len(text.encode())
+        self.file.truncate(end)
 
     def write(self, line):
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
         self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            say(f"warning    cannot write {self.file.name}: {error.strerror}")
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -669,7 +699,11 @@ def setup(cfg):
             fail(f"{LOCAL_WORLD} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(hours=1)))
+        if WORLD == LOCAL_WORLD:  # torchrun --max-restarts keeps the store, and in it the addresses of the dead
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                timeout=datetime.timedelta(hours=1))
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda"
                                        and torch.cuda.is_bf16_supported(including_emulation=False))
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -818,7 +852,7 @@ def train(cfg, model, draw):
             try:
                 imgs, drawn, keys, bad = next(loader)
             except Unreadable as error:
-                fail(str(error).strip().splitlines()[-1])
+                fail(str(error).strip().splitlines()[-1], alone=True)
             waited += time.perf_counter() - start
             all_keys += keys
             for name, reason in bad:
@@ -833,7 +867,8 @@ def train(cfg, model, draw):
                         loss, metrics = ddp(normalise(imgs, device), drawn.to(device, non_blocking=True))
                     (loss / accumulate).backward()
             except torch.OutOfMemoryError:
-                fail(f"out of GPU memory with {micro} images per process at a time; use --micro_batch {max(1, micro // 2)}")
+                fail(f"out of GPU memory with {micro} images per process at a time; use --micro_batch {max(1, micro // 2)}",
+                     1, alone=True)
             for name, value in dict(loss=loss.detach(), **metrics).items():
                 totals[name] = totals.get(name, 0) + value / accumulate
         grads = [p.grad for p in model.parameters() if p.grad is not None]
