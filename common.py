@@ -525,13 +525,19 @@ def load_encoder(encoder, path):
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
     weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
     own = encoder.state_dict()
+    load_weights(encoder, weights, path)
+    say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
+
+
+def load_weights(module, weights, path):
+    """Load `module` out of a dict that may hold more; raises ValueError naming what is missing or of another shape."""
+    own = module.state_dict()
     missing = [k for k in own if k not in weights]
-    check(not missing, f"{path} lacks {len(missing)} of {len(own)} encoder tensors, e.g. {missing[:3]}")
+    check(not missing, f"{path} lacks {len(missing)} of {len(own)} tensors, e.g. {missing[:3]}")
     wrong = [f"{k}: file {tuple(weights[k].shape)}, model {tuple(own[k].shape)}" for k in own
              if weights[k].shape != own[k].shape]
     check(not wrong, f"{path} is of another size; {'; '.join(wrong[:3])}")
-    encoder.load_state_dict({k: weights[k] for k in own})
-    say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
+    module.load_state_dict({k: weights[k] for k in own})
 
 
 MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "precision", "compile", "micro_batch",

@@ -34,6 +34,14 @@ def load(out_dir):
     return torch.load(Path(out_dir) / "last.pt", weights_only=True)
 
 
+def until(condition, alive, seconds=60):
+    """Wait until the condition holds; the process under test must live so long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert alive() and time.monotonic() < end
+        time.sleep(0.01)
+
+
 # Hooks run in the process under test, before ddae.py starts. `learning_rate` is called once per step, with its number.
 
 def at_step(step, do):
@@ -67,8 +75,7 @@ def test_sigkill_while_saving_leaves_a_finished_step(tmp_path):
     for _ in range(20):
         job = soak.SERVER.Process(target=save_for_ever, args=(tmp_path,))
         job.start()
-        while not (tmp_path / "done").exists():
-            time.sleep(0.01)
+        until((tmp_path / "done").exists, job.is_alive)
         time.sleep(rng.uniform(0, 0.3))
         job.kill()
         job.join()
@@ -80,6 +87,20 @@ def test_sigkill_while_saving_leaves_a_finished_step(tmp_path):
         seen.add("last.tmp" in files)
         (tmp_path / "done").unlink()
     assert True in seen, "no kill fell into the writing"
+
+
+def test_a_save_without_room_keeps_the_file_before(tmp_path):
+    path, soft = tmp_path / "x.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 100_000):  # torch.save reports the small one as OSError, the large one as RuntimeError
+        common.save(dict(a=torch.zeros(10)), path)
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size * 2, soft[1]))
+        try:
+            with pytest.raises(OSError, match=re.escape(f"cannot save {path}: File too large (")):
+                common.save(dict(a=torch.ones(size)), path, keep_previous=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def limit_files(rank):
@@ -117,8 +138,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 def test_two_runs_in_one_folder(images, tmp_path):
     flags = f"{FLAGS} --data {images} --out_dir {tmp_path / 'out'} --epochs 1000 --num_workers 0"
     first = Run(flags)
-    while not soak.lines(tmp_path / "out"):
-        time.sleep(0.02)
+    until(lambda: soak.lines(tmp_path / "out"), first.alive)
     second = Run(flags)
     assert second.wait() == [2]
     assert f"another run is writing to {tmp_path}/out; wait for it or use another --out_dir" in second.output()
@@ -283,11 +303,9 @@ def test_a_rank_that_dies_ends_the_job_or_restarts_it(restarts, images, tmp_path
 
 @pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGINT, True)])
 def test_signals_through_torchrun(number, to_all, images, tmp_path):
-    flags = f"{FLAGS} --data {images} --out_dir {tmp_path / 'out'} --epochs 2000 --num_workers 1"
+    flags = f"{FLAGS} --data {images} --out_dir {tmp_path / 'out'} --epochs 2000 --save_every 1000 --num_workers 1"
     job = torchrun(ROOT / "ddae.py", flags, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-    while soak.lines(tmp_path / "out") < 3:
-        time.sleep(0.05)
-        assert job.poll() is None, job.stdout.read()
+    until(lambda: soak.lines(tmp_path / "out") >= 3, lambda: job.poll() is None)
     start = time.monotonic()
     os.killpg(job.pid, number) if to_all else job.send_signal(number)  # Ctrl-C reaches the group of the terminal
     text, _ = job.communicate(timeout=30)
@@ -299,11 +317,20 @@ def test_signals_through_torchrun(number, to_all, images, tmp_path):
 
 def test_sigterm_to_the_whole_group(images, tmp_path):
     """As `timeout` and schedulers send it: data workers get it too, and must live until the step is done."""
-    run = Run(f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 2000 --num_workers 1")
-    while soak.lines(tmp_path) < 3:
-        time.sleep(0.02)
+    run = Run(f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 2000 --save_every 1000 --num_workers 1")
+    until(lambda: soak.lines(tmp_path) >= 3, run.alive)
     os.killpg(run.pids[0], signal.SIGTERM)
     assert run.wait(30) == [143] and load(tmp_path)["step"] == soak.lines(tmp_path)
+
+
+def send_to(where, step, rank):
+    if rank == where:
+        send(step, signal.SIGTERM, rank)
+
+
+def test_sigterm_to_one_rank_stops_both_after_the_same_step(images, tmp_path):
+    run = Run(f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 3 --num_workers 0", 2, partial(send_to, 1, 6))
+    assert run.wait(60) == [143, 143] and load(tmp_path)["step"] == soak.lines(tmp_path) == 7
 
 
 def kill_worker(rank):
