@@ -11,8 +11,8 @@ A method file brings three things:
     model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
 
 Randomness by key. Sample `index` of `epoch` gets its crop, flip and draw from (seed, epoch, index); the order of an
-epoch comes from (seed, epoch); anything random inside the model from (seed, step, rank). So masks and crops are the
-same for any number of processes, workers and micro-batches, and a checkpoint needs neither generator nor sampler state.
+epoch comes from (seed, epoch); anything random inside the model from (seed, step, rank, micro-step). So masks and crops
+are the same for any number of processes, workers and micro-batches, and a checkpoint needs neither generator nor sampler state.
 """
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all three papers' code but BootMAE's
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # what torchrun says; a plain run is one process
-    int(os.environ[name]) if "RANK" in os.environ else default
+    int(os.environ.get(name, default)) if "RANK" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # such a file counts as unreadable
 
@@ -63,7 +63,7 @@ class RunConfig:
     data_root: str = "data"  # [ours] where named data sets lie, or are downloaded to
     out_dir: str = "out"  # [ours] checkpoints, log and pictures; a run found there is continued
     init: str = ""  # [ours] start from the encoder weights in this file: encoder.pt, or MAE's or timm's
-    resume: str = "auto"  # [ours] auto: continue out_dir/last.pt if it is there; or the checkpoint file to continue
+    resume: str = "auto"  # [ours] checkpoint to start from where out_dir has none of its own, which always goes before
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto takes CUDA where there is one
     precision: typing.Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that have it
     compile: bool = False  # [ours] torch.compile the model
@@ -77,15 +77,18 @@ class RunConfig:
     preview_every: float = 1.0  # [ours] epochs between pictures; 0: only at the end
     knn_every: float = 0.0  # [ours] epochs between kNN accuracies of the encoder, needs labels and val/; 0: never
     knn_images: int = 10000  # [ours] images from train/ that kNN compares with, and a fifth as many from val/ to classify
+    val_every: float = 0.0  # [ours] epochs between losses on images from val/, always the same crops and masks; 0: never
+    val_images: int = 1000  # [ours] how many of them
     max_bad: float = 0.01  # [ours] the share of unreadable images above which a run stops
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
             check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
-        above(0, self, "img_size patch_size epochs batch_size base_lr log_every save_every knn_images")
-        for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "knn_every", "max_bad", "warmup_epochs",
-                     "weight_decay", "min_lr", "seed"):
+        above(0, self, "img_size patch_size epochs batch_size base_lr log_every save_every knn_images "
+              "val_images")
+        for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "knn_every", "val_every", "max_bad",
+                     "warmup_epochs", "weight_decay", "min_lr", "seed"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(self.warmup_epochs < self.epochs,
               f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
@@ -114,8 +117,14 @@ def fail(message, code=2, alone=False):
     alone: this process found the fault by itself, so it speaks whatever its rank; torchrun then ends the others.
     """
     if alone or LOCAL_RANK == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        complain(f"{Path(sys.argv[0]).name}: error: {message}")
     sys.exit(code)
+
+
+def complain(message):
+    """A line on stderr."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def gather(value):
@@ -130,8 +139,11 @@ def gather(value):
 def say(message):
     """Print from the first process only, above the progress bar if there is one."""
     if RANK == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
+        try:
+            tqdm.write(message)
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone, or the disk under its log full: no reason to end a run
+            sys.stdout = open(os.devnull, "w")
 
 
 class Parser(argparse.ArgumentParser):
@@ -188,7 +200,10 @@ class Folder:
         if not root.is_dir():
             fail(f"--data {root.absolute()} is not a folder, and no data set's name either; see --data list")
         files, seen = [], set()
-        for folder, inner, names in os.walk(root, followlinks=True):
+        def unlisted(error):
+            fail(f"--data {error.filename}: {error.strerror}", alone=True)
+
+        for folder, inner, names in os.walk(root, followlinks=True, onerror=unlisted):
             if os.path.realpath(folder) in seen:  # a link that leads back
                 inner.clear()
                 continue
@@ -241,7 +256,7 @@ class Named:
         kind, *how = TORCHVISION[name]
         self.title, how = f"{name} {split}", how[split == "val"]
         if how is None:
-            fail(f"--data {name} has no validation images; leave out --knn_every")
+            fail(f"--data {name} has no validation images; leave out --knn_every and --val_every")
         make = getattr(torchvision.datasets, kind)
         download = dict(download=True) if "download" in inspect.signature(make).parameters else {}
         try:
@@ -364,7 +379,8 @@ def open_data(cfg, split):
         return Named(cfg.data, cfg.data_root, split)
     root = Path(cfg.data)
     if split == "val" and not (root / "val").is_dir():
-        fail(f"--knn_every needs {root.absolute() / 'val'}, with a folder per class; leave it out for images without labels")
+        fail(f"{'--knn_every' if cfg.knn_every else '--val_every'} needs {root.absolute() / 'val'}; leave it out, or make "
+             "that folder" + ", with a folder per class" * bool(cfg.knn_every))
     return Folder(root / split if (root / split).is_dir() else root)
 
 
@@ -523,6 +539,7 @@ def load_encoder(encoder, path):
     """
     weights = load(path)
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    check(isinstance(weights, dict), f"{path} has no state dict under 'model'")
     weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
     own = encoder.state_dict()
     load_weights(encoder, weights, path)
@@ -534,28 +551,32 @@ def load_weights(module, weights, path):
     own = module.state_dict()
     missing = [k for k in own if k not in weights]
     check(not missing, f"{path} lacks {len(missing)} of {len(own)} tensors, e.g. {missing[:3]}")
-    wrong = [f"{k}: file {tuple(weights[k].shape)}, model {tuple(own[k].shape)}" for k in own
-             if weights[k].shape != own[k].shape]
+    wrong = [f"{k}: file {tuple(getattr(weights[k], 'shape', '?'))}, model {tuple(own[k].shape)}" for k in own
+             if getattr(weights[k], "shape", None) != own[k].shape]
     check(not wrong, f"{path} is of another size; {'; '.join(wrong[:3])}")
     module.load_state_dict({k: weights[k] for k in own})
 
 
 MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "precision", "compile", "micro_batch",
               "num_workers", "clip_grad", "max_steps", "log_every", "save_every", "preview_every", "knn_every",
-              "knn_images", "max_bad"}
+              "knn_images", "val_every", "val_images", "max_bad"}
 
 
 def resume(cfg, method, num_images):
-    """The state to continue from, or None: that of --resume, else last.pt in out_dir, else the one kept before it."""
+    """The state to continue from and its path, or None and None.
+
+    It is out_dir's last.pt, or the one kept before it if that is damaged; without either, the file of --resume.
+    """
     last = Path(cfg.out_dir) / "last.pt"
-    paths = [last, last.with_suffix(".prev.pt")] if cfg.resume == "auto" else [Path(cfg.resume)]
+    paths = [p for p in (last, last.with_suffix(".prev.pt")) if p.exists()]
+    if not paths and cfg.resume != "auto":
+        paths = [Path(cfg.resume)]
     problems = []
     for path in paths:
-        if not path.exists() and cfg.resume == "auto":
-            continue
         try:
             state = load(path)
-            check(isinstance(state, dict) and "optimizer" in state, f"{path} is no training checkpoint (last.pt is one)")
+            check(isinstance(state, dict) and {"step", "config", "model", "optimizer"} <= state.keys(),
+                  f"{path} is no training checkpoint (last.pt is one)")
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -566,10 +587,10 @@ def resume(cfg, method, num_images):
             fail(f"{path} is of another run; give its settings, or another --out_dir\n  " + "\n  ".join(changed[:5]))
         for problem in problems:
             say(f"resume     {problem}; going on from {path}")
-        return state
+        return state, path
     if problems:
         fail("; ".join(problems) + "; move it away to start anew")
-    return None
+    return None, None
 
 
 def plain(cfg):
@@ -579,14 +600,43 @@ def plain(cfg):
 
 # --- what the user sees -----------------------------------------------------------------------------------------------
 
+def centre_crop(cfg):
+    """PIL image -> uint8 (3, S, S), for measuring."""
+    return v2.Compose([v2.PILToTensor(), v2.Resize(cfg.img_size, InterpolationMode.BICUBIC), v2.CenterCrop(cfg.img_size)])
+
+
+@torch.no_grad()
+def validation_loss(model, cfg, device, autocast, source, draw):
+    """Mean loss and metrics over --val_images, with centre crops and a draw per image that no seed changes -> dict."""
+    crop, sums, n = centre_crop(cfg), {}, 0
+    mine = np.random.default_rng(0).permutation(len(source))[:cfg.val_images][RANK::WORLD]
+    for part in np.array_split(mine, max(1, len(mine) // 50)):
+        samples = []
+        for i in part:
+            with contextlib.suppress(Exception):  # training reports unreadable files; here they are left out
+                samples.append((crop(source.image(i)), draw(np.random.default_rng((0, i))), i, []))
+        if samples:
+            imgs, drawn, *_ = collate(samples)
+            with autocast:
+                loss, metrics = model(normalise(imgs, device), drawn.to(device))
+            for name, value in dict(loss=loss, **metrics).items():
+                sums[name] = sums.get(name, 0) + len(samples) * value.item()
+            n += len(samples)
+    parts = gather((sums, n))
+    total = sum(n for _, n in parts)
+    if not total:
+        fail(f"--val_every: none of {source.name(0)} and the other images could be read")
+    names = max((list(sums) for sums, _ in parts), key=len)
+    return {f"val_{name}": sum(sums.get(name, 0) for sums, _ in parts) / total for name in names}
+
+
 @torch.no_grad()
 def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07):
     """Weighted nearest-neighbour accuracy of mean patch features, as DINO evaluates -> percent.
 
     sources: train and val images with labels; each process embeds its share of a fixed subset.
     """
-    resize = v2.Compose([v2.Resize(cfg.img_size, InterpolationMode.BICUBIC), v2.CenterCrop(cfg.img_size)])
-    features, labels = [], []
+    crop, features, labels = centre_crop(cfg), [], []
     for source, limit in zip(sources, (cfg.knn_images, max(1, cfg.knn_images // 5))):
         chosen = np.random.default_rng(0).permutation(len(source))[:limit]
         mine, found = chosen[RANK::WORLD], []
@@ -594,12 +644,14 @@ def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07
             imgs = []
             for i in part:
                 with contextlib.suppress(Exception):  # training reports unreadable files; here they are left out
-                    imgs.append((resize(v2.functional.pil_to_tensor(source.image(i))), source.label(i)))
+                    imgs.append((crop(source.image(i)), source.label(i)))
             if imgs:
                 with autocast:
                     x = encoder.norm(encoder(normalise(torch.stack([i for i, _ in imgs]), device))[-1])
                 found.append((F.normalize(x[:, 1:].float().mean(1)).cpu(), torch.tensor([y for _, y in imgs])))
         found = sum(gather(found), [])
+        if not found:
+            fail(f"--knn_every: none of {source.name(0)} and the other images could be read")
         features.append(torch.cat([f for f, _ in found]))
         labels.append(torch.cat([y for _, y in found]))
     similarity, nearest = (features[1] @ features[0].T).topk(min(k, len(features[0])))  # (n, k)
@@ -652,26 +704,28 @@ def save_curves(log, path):
     figure.savefig(path, dpi=90)
 
 
+def lock(path):
+    """Open a log for this process alone, until it ends: a second run in the same folder is refused. -> file"""
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        fail(f"cannot write {path.absolute()}: {error.strerror}")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another run is writing to {path.parent.absolute()}; wait for it or use another --out_dir")
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 class Log:
-    """log.jsonl: one line per logged step, each step once, in order; what follows the step resumed from is cut off.
+    """log.jsonl: one line per logged step, each step once, in order; what follows the step resumed from is cut off."""
 
-    The open file carries a lock that ends with the process: a second run in the same folder is refused.
-    """
-
-    def __init__(self, path, step):
-        self.lines, end = [], 0
-        try:
-            self.file = open(path, "a+")
-        except OSError as error:
-            fail(f"cannot write {path.absolute()}: {error.strerror}")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            fail(f"another run is writing to {path.parent.absolute()}; wait for it or use another --out_dir")
-        except OSError:  # a file system without locks
-            pass
-        self.file.seek(0)
-        for text in self.file.read().splitlines(keepends=True):
+    def __init__(self, file, step):
+        self.file, self.lines, end = file, [], 0
+        file.seek(0)
+        for text in file.read().splitlines(keepends=True):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:  # torn by a kill
@@ -680,7 +734,7 @@ class Log:
                 break
             self.lines.append(line)
             end += len(text.encode())
-        self.file.truncate(end)
+        file.truncate(end)
 
     def write(self, line):
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
@@ -705,7 +759,10 @@ def setup(cfg):
             fail(f"{LOCAL_WORLD} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(hours=1)))
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(hours=1)))
+        except ValueError as error:
+            fail(f"RANK is set, but {error}; start several processes with torchrun, or one with RANK unset", alone=True)
         if WORLD == LOCAL_WORLD:  # torchrun --max-restarts keeps the store, and in it the addresses of the dead
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD,
@@ -720,12 +777,11 @@ def train(cfg, model, draw):
     device, autocast = setup(cfg)
     method, out_dir = type(model).__name__.lower(), Path(cfg.out_dir)
     source = open_data(cfg, "train")
-    knn_sources = None
+    val_source = open_data(cfg, "val") if cfg.knn_every or cfg.val_every else None
     if cfg.knn_every:
-        knn_sources = source, open_data(cfg, "val")
-        if knn_sources[0].labels is None or knn_sources[1].labels is None:
+        if source.labels is None or val_source.labels is None:
             fail(f"--knn_every needs labels and --data {cfg.data} has none; leave it out")
-        if list(knn_sources[0].classes) != list(knn_sources[1].classes):
+        if list(source.classes) != list(val_source.classes):
             fail(f"train/ and val/ of --data {cfg.data} have different classes; make them the same, "
                  "or leave out --knn_every")
 
@@ -740,8 +796,11 @@ def train(cfg, model, draw):
     total = steps_per_epoch * cfg.epochs
     stop = min(cfg.max_steps or total, total)
 
-    state = resume(cfg, method, len(source))
+    last = out_dir / "last.pt"
+    found = last.stat().st_mtime_ns if last.exists() else None
+    state, state_path = resume(cfg, method, len(source))
     resumed, step = state is not None, state["step"] if state else 0
+    unreadable = dict(state.get("unreadable", {})) if state else {}  # name -> reason
     seen = gather((step, len(source)))
     if len(set(seen)) > 1:
         fail(f"processes differ in (step, images): {seen}; all machines must see one --out_dir and --data")
@@ -802,8 +861,12 @@ def train(cfg, model, draw):
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=Batches(len(source), cfg, step, stop), num_workers=workers, collate_fn=collate,
         worker_init_fn=own_group, pin_memory=device.type == "cuda"))
-    log = Log(out_dir / "log.jsonl", step if resumed else -1) if RANK == 0 else None
-    unreadable = {}
+    if RANK == 0:
+        file = lock(out_dir / "log.jsonl")
+        if found != (last.stat().st_mtime_ns if last.exists() else None):
+            fail(f"another run wrote {last.absolute()} just now; give the same command again")
+        log = Log(file, step if resumed else -1)
+    keep_previous = state_path != last.with_suffix(".prev.pt")  # a damaged last.pt must not displace the good one
 
     def due(epochs):
         return epochs and step % max(1, round(epochs * steps_per_epoch)) == 0
@@ -815,36 +878,53 @@ def train(cfg, model, draw):
         shown = {k: v for k, v in line.items() if "/" not in k and k not in ("step", "epoch") and (v or k != "unreadable")}
         say("  ".join([f"step {step:6d}", f"epoch {line['epoch']:6.2f}", *(f"{k} {v:.4g}" for k, v in shown.items())]))
 
-    def knn():
-        return dict(knn=knn_accuracy(model.encoder, cfg, device, autocast, knn_sources))
+    def measure(now):
+        found = {}
+        model.eval()
+        if cfg.knn_every and (now or due(cfg.knn_every)):
+            found["knn"] = knn_accuracy(model.encoder, cfg, device, autocast, (source, val_source))
+        if cfg.val_every and (now or due(cfg.val_every)):
+            found |= validation_loss(model, cfg, device, autocast, val_source, draw)
+        model.train()
+        return found
+
+    def known_unreadable():
+        return {name: reason for found in gather(unreadable) for name, reason in sorted(found.items())}
 
     def checkpoint():
+        """Save, encoder.pt first: where last.pt says that a step is done, all of it is there. -> whether it worked"""
+        nonlocal keep_previous
+        known = known_unreadable()
         if RANK:
-            return
+            return True
+        sizes = {k: getattr(cfg, k) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
         try:
-            save(dict(step=step, config=dict(plain(cfg), method=method, num_images=len(source)),
-                      model=model.state_dict(), optimizer=optimizer.state_dict()), out_dir / "last.pt", True)
-            sizes = {k: getattr(cfg, k) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+            os.fsync(log.file.fileno())
             save(dict(model=model.encoder.state_dict(), config=dict(
                 sizes, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
+            save(dict(step=step, config=dict(plain(cfg), method=method, num_images=len(source)), unreadable=known,
+                      model=model.state_dict(), optimizer=optimizer.state_dict()), last, keep_previous)
+            keep_previous = True
         except OSError as error:
             say(f"warning    {error}")
-            if step == stop or stopping:
-                sys.exit(1)
+            return False
+        return True
 
     def pictures():
         if RANK == 0:
             imgs, drawn, *_ = collate([samples[0, i] for i in range(min(6, len(source)))])
+            model.eval()
             with autocast:
                 panels = model.preview(normalise(imgs, device), drawn.to(device))
+            model.train()
             try:
                 save_preview(panels, out_dir / "preview.png")
                 save_curves(log.lines, out_dir / "curves.png")
             except OSError as error:
                 say(f"warning    cannot save pictures in {out_dir.absolute()}: {error.strerror}")
 
-    if knn_sources and not resumed:
-        report(knn())
+    if val_source and not resumed:
+        report(measure(True))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK != 0 or not sys.stderr.isatty())
     last_time, last_step, waited = time.perf_counter(), step, 0.0
@@ -859,11 +939,13 @@ def train(cfg, model, draw):
                 imgs, drawn, keys, bad = next(loader)
             except Unreadable as error:
                 fail(str(error).strip().splitlines()[-1], alone=True)
+            except (RuntimeError, OSError, EOFError) as error:
+                fail(f"a data worker died ({' '.join(str(error).split())}); if memory ran out, lower --num_workers", 1, True)
             waited += time.perf_counter() - start
             all_keys += keys
             for name, reason in bad:
                 if unreadable.setdefault(name, reason) is reason:
-                    print(f"unreadable {name}: {reason}", file=sys.stderr, flush=True)
+                    complain(f"unreadable {name}: {reason}")
             torch.manual_seed(hash((cfg.seed, step, RANK, i)))
             # no_sync must hold around forward and backward: DDP decides in the forward whether to reduce gradients.
             quiet = ddp.no_sync() if ddp is not model and i < accumulate - 1 else contextlib.nullcontext()
@@ -890,25 +972,27 @@ def train(cfg, model, draw):
         if broken:
             terms = {k: round(v.item(), 4) for k, v in totals.items() if not k.startswith("beta")}
             files = [source.name(index) for _, index in all_keys[:3]]
-            for rank, (terms, files) in enumerate(gather((terms, files))):
-                if not math.isfinite(sum(terms.values())) or rank == WORLD - 1:
-                    break
-            say(f"error: loss or gradient not finite at step {step + 1}, lr {lr:.3g}, rank {rank}: {terms}, images "
-                f"{', '.join(files)}, ...; {out_dir / 'last.pt'} is untouched; "
-                f"go on from it with --clip_grad 3 or --precision fp32, or start anew with a lower --base_lr")
+            found = [(f"rank {rank}: {terms}", files) for rank, (terms, files) in enumerate(gather((terms, files)))
+                     if not math.isfinite(sum(terms.values()))]
+            where, files = found[0] if found else (f"gradient norm {norm.item()}, terms {terms}", files)
+            if RANK == 0:
+                fail(f"loss or gradient not finite at step {step + 1}, lr {lr:.3g}, {where}, images {', '.join(files)}, ...; "
+                     f"{last} is untouched; go on from it with --clip_grad 3 or --precision fp32, or start anew with a "
+                     "lower --base_lr", 1)
             sys.exit(1)
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(step / total)
         step += 1
-        bar.update(cfg.batch_size)
+        with contextlib.suppress(OSError):
+            bar.update(cfg.batch_size)
 
         end, line = step == stop, {}
         if end or step % cfg.log_every == 0:
             values = torch.stack([*totals.values(), norm])
             if dist.is_initialized():
                 dist.all_reduce(values)
-            all_bad = sorted(set().union(*gather(list(unreadable.items()))))
+            all_bad = list(known_unreadable().items())
             now = time.perf_counter()
             line = dict(zip([*totals, "grad_norm"], (values / WORLD).tolist()), lr=lr, unreadable=len(all_bad),
                         images_per_s=(step - last_step) * cfg.batch_size / (now - last_time),
@@ -918,18 +1002,21 @@ def train(cfg, model, draw):
                 fail(f"{len(all_bad)} of {len(source)} images are unreadable, more than --max_bad {cfg.max_bad:g}: "
                      + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
         pause = time.perf_counter()
-        if knn_sources and not stop_now and (end or due(cfg.knn_every)):
-            line |= knn()
+        if val_source and not stop_now:
+            line |= measure(end)
         if line:
             report(line)
-        if end or stop_now or due(cfg.save_every):
-            checkpoint()
         if end or due(cfg.preview_every) and not stop_now:
             pictures()
+        if end or stop_now or due(cfg.save_every):
+            saved = checkpoint()
         last_time += time.perf_counter() - pause
+        if (end or stop_now) and not gather(saved)[0]:  # also makes all wait until the first process has written
+            sys.exit(1)
         if stop_now and not end:
             say(f"stopped    by a signal after step {step}; the same command goes on from there")
             sys.exit(128 + (stopping or [signal.SIGTERM])[0])
-    bar.close()
+    with contextlib.suppress(OSError):
+        bar.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ Stop one tiny run again and again at random moments, and compare its end with a 
     python tests/soak.py --stops 30                  # SIGKILL or SIGTERM; --processes 2 for two of them
 
 Prints every stop; exit code 1 unless weights, teacher, optimiser and log are bitwise the same. The functions here serve
-test_reliability.py too. Processes are forked from a server that has already imported torch, a second saved for each.
+test_reliability.py too. Processes are forked from a server that has already imported torch, which saves seconds each.
 """
 import argparse
 import json
@@ -58,19 +58,23 @@ def body(flags, rank, processes, port, output, hook):
     os._exit(code)  # multiprocessing's own exit waits seconds for the data workers
 
 
+RUNS = []  # all that were started, for whoever must clean up
+
+
 class Run:
     """A started ddae.py: `pids`, `wait() -> exit codes`, `signal(number)`, `output()`."""
 
     def __init__(self, flags, processes=1, hook=None):
-        self.file = tempfile.mktemp()
+        self.file = tempfile.NamedTemporaryFile(suffix=".out")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.jobs = [SERVER.Process(target=body, args=(flags.split(), rank, processes, port, self.file, hook))
+        self.jobs = [SERVER.Process(target=body, args=(flags.split(), rank, processes, port, self.file.name, hook))
                      for rank in range(processes)]
         for job in self.jobs:
             job.start()
         self.pids = [job.pid for job in self.jobs]
+        RUNS.append(self)
 
     def signal(self, number):
         for job in self.jobs:
@@ -91,7 +95,7 @@ class Run:
         return [job.exitcode for job in self.jobs]
 
     def output(self):
-        return Path(self.file).read_text() if os.path.exists(self.file) else ""
+        return Path(self.file.name).read_text()
 
 
 def lines(out_dir):

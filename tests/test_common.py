@@ -258,6 +258,11 @@ BAD = {
     "--out_dir {tmp}/text/note.txt/x": "is not writable",
     "--resume {tmp}/none.pt": "none.pt does not exist",
     "--resume {tmp}/text/note.txt": "note.txt is damaged or not a checkpoint",
+    "--resume {tmp}/half.pt": "half.pt is no training checkpoint",
+    "--init {tmp}/half.pt": "half.pt has no state dict under 'model'",
+    "--init {tmp}/lists.pt": "is of another size; cls_token: file ('?',), model (1, 1, 16)",
+    "--data {tmp}/badval --batch_size 2 --knn_every 1": "--knn_every: none of",
+    "--data {tmp}/badval --batch_size 2 --val_every 1": "--val_every: none of",
     "--resume {tmp}/run/encoder.pt": "encoder.pt is no training checkpoint (last.pt is one)",
     "--init {tmp}/text/note.txt": "--init {tmp}/text/note.txt is damaged or not a checkpoint",
     "--init {tmp}/run/encoder.pt --embed_dim 32": "is of another size; cls_token: file (1, 1, 16), model (1, 1, 32)",
@@ -269,6 +274,7 @@ BAD = {
     "--resume {tmp}/run/last.pt --epochs 3 --base_lr 1": "base_lr: checkpoint 0.01, command 1.0",
     "--resume {tmp}/other.pt": "method: checkpoint sdae, command ddae",
     "--data {tmp}/flat --batch_size 2 --knn_every 1": "--knn_every needs {tmp}/flat/val",
+    "--data {tmp}/flat --batch_size 2 --val_every 1": "--val_every needs {tmp}/flat/val; leave it out, or make that folder",
     "--data {tmp}/unlabelled --batch_size 2 --knn_every 1": "--knn_every needs labels",
     "--device cuda": "--device cuda, but torch sees no GPU",
     "--data list": "cifar10, cifar100, stl10",
@@ -299,6 +305,14 @@ def test_bad_input(flags, tmp_path, monkeypatch, capsys):
         state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
         state["config"]["method"] = "sdae"
         torch.save(state, tmp_path / "other.pt")
+    torch.save(dict(model=torch.zeros(3), optimizer={}), tmp_path / "half.pt")
+    torch.save({k: [1, 2] for k in ddae.ViT(16, 4, 16, 2, 2).state_dict()}, tmp_path / "lists.pt")
+    for split in ("train", "val"):
+        for i in range(2):
+            path = tmp_path / "badval" / split / "a" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20)).save(path) if split == "train" else path.write_text("no image")
+
     def files():
         return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "log.jsonl"}
 
@@ -312,7 +326,7 @@ def test_bad_input(flags, tmp_path, monkeypatch, capsys):
     assert BAD[flags].format(tmp=tmp_path) in err
     assert err.startswith("ddae.py: error: ") and len(err.splitlines()) <= (6 if "another run" in err else 1)
     assert files() == before
-    assert "float" in flags or not (tmp_path / "new").exists()
+    assert "float" in flags or "badval" in flags or not (tmp_path / "new").exists()
 
 
 def test_two_processes_that_do_not_divide_the_batch(tmp_path):

@@ -30,6 +30,15 @@ def images(tmp_path_factory):
     return soak.make_images(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Whatever a failed test leaves running is killed."""
+    yield
+    for run in soak.RUNS:
+        run.signal(signal.SIGKILL)
+    soak.RUNS.clear()
+
+
 def load(out_dir):
     return torch.load(Path(out_dir) / "last.pt", weights_only=True)
 
@@ -110,12 +119,12 @@ def limit_files(rank):
 def test_full_disk(images, tmp_path):
     flags = f"{FLAGS} --data {images} --out_dir {tmp_path / 'out'} --epochs 3 --save_every 0.5 --num_workers 0"
     assert Run(f"{flags} --max_steps 4").wait() == [0]
-    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.suffix == ".pt"}
+    before = {p: p.read_bytes() for p in (tmp_path / "out").glob("last*")}
     run = Run(flags, hook=limit_files)
     assert run.wait() == [1]  # the last save counts
     assert run.output().count(f"warning    cannot save {tmp_path}/out/last.pt: File too large (") == 4
     assert [x["step"] for x in soak.log(tmp_path / "out")] == list(range(1, 13))
-    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir() if "pt" in p.suffix or p.suffix == ".tmp"} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "out").glob("last*")} == before
     assert Run(flags).wait() == [0] and load(tmp_path / "out")["step"] == 12
 
 
@@ -185,14 +194,81 @@ def test_short_soak(processes, tmp_path):
     assert soak.soak(tmp_path, stops=5, processes=processes, steps=60) == []
 
 
-def test_a_torn_log_line_is_dropped(images, tmp_path):
+def test_the_log_has_each_step_once_after_a_torn_line(images, tmp_path):
     flags = f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 3 --num_workers 0"
     assert Run(f"{flags} --max_steps 3").wait() == [0]
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "epoch": 1.0}\n{"step": 5, "ep')
-    assert Run(f"{flags} --max_steps 6").wait() == [0]
-    lines = soak.log(tmp_path)
-    assert [x["step"] for x in lines] == list(range(1, 7)) and all("loss" in x for x in lines)
+    whole = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    for torn, steps in ((whole + ['{"step": 4, "epoch": 1.0}\n', '{"step": 5, "ep'], [1, 2, 3, 4, 5, 6]),
+                        (whole[:2] + [whole[2][:20]], [1, 2, 4, 5, 6])):  # power failed before the log was written
+        (tmp_path / "again").mkdir(exist_ok=True)
+        (tmp_path / "again" / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes())
+        (tmp_path / "again" / "log.jsonl").write_text("".join(torn))
+        assert Run(f"{flags} --out_dir {tmp_path / 'again'} --max_steps 6").wait() == [0]
+        lines = soak.log(tmp_path / "again")
+        assert [x["step"] for x in lines] == steps and all("loss" in x for x in lines)
+
+
+def die_between(rank):
+    """Killed when encoder.pt of the last step is written, and last.pt is not."""
+    real = common.save
+
+    def save(state, path, *more):
+        if path.name == "last.pt" and state["step"] == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(state, path, *more)
+
+    common.save = save
+
+
+def test_killed_between_the_two_files_of_the_last_step(images, tmp_path):
+    flags = f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 3 --num_workers 0"
+    assert Run(flags, hook=die_between).wait() == [-9]
+    assert load(tmp_path)["step"] == 8
+    assert Run(flags).wait() == [0]
+    model, encoder = load(tmp_path)["model"], torch.load(tmp_path / "encoder.pt", weights_only=True)["model"]
+    assert all(torch.equal(v, model[f"encoder.{k}"]) for k, v in encoder.items())
+    assert (tmp_path / "preview.png").exists()
+
+
+def test_a_damaged_file_does_not_displace_the_good_one(images, tmp_path):
+    flags = f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 3 --save_every 0.25 --num_workers 0"
+    assert Run(f"{flags} --max_steps 4").wait() == [0]
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-50])
+    good = (tmp_path / "last.prev.pt").read_bytes()
+    run = Run(f"{flags} --max_steps 4")
+    assert run.wait() == [0] and "last.pt is damaged" in run.output()
+    assert load(tmp_path)["step"] == 4 and (tmp_path / "last.prev.pt").read_bytes() == good
+
+
+def test_resume_names_a_start_only(images, tmp_path):
+    flags = f"{FLAGS} --data {images} --epochs 3 --num_workers 0"
+    assert Run(f"{flags} --out_dir {tmp_path / 'a'} --max_steps 2").wait() == [0]
+    for stop in (5, 12):
+        run = Run(f"{flags} --out_dir {tmp_path / 'b'} --resume {tmp_path / 'a' / 'last.pt'} --max_steps {stop}")
+        assert run.wait() == [0] and load(tmp_path / "b")["step"] == stop
+    assert "from 5" in run.output() and [x["step"] for x in soak.log(tmp_path / "b")] == list(range(3, 13))
+
+
+def pause_before_lock(path, rank):
+    real = common.lock
+
+    def lock(file):
+        path.touch()
+        until((path.parent / "go").exists, lambda: True)
+        return real(file)
+
+    common.lock = lock
+
+
+def test_a_run_that_read_an_old_checkpoint_steps_back(images, tmp_path):
+    flags = f"{FLAGS} --data {images} --out_dir {tmp_path / 'out'} --epochs 3 --num_workers 0"
+    assert Run(f"{flags} --max_steps 2").wait() == [0]
+    late = Run(flags, hook=partial(pause_before_lock, tmp_path / "paused"))
+    until((tmp_path / "paused").exists, late.alive)
+    assert Run(f"{flags} --max_steps 7").wait() == [0]
+    (tmp_path / "go").touch()
+    assert late.wait() == [2] and "another run wrote" in late.output()
+    assert load(tmp_path / "out")["step"] == 7 and soak.lines(tmp_path / "out") == 7
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -323,6 +399,15 @@ def test_sigterm_to_the_whole_group(images, tmp_path):
     assert run.wait(30) == [143] and load(tmp_path)["step"] == soak.lines(tmp_path)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_terminal_that_cannot_be_written(images, tmp_path):
+    with open("/dev/full", "w") as full:
+        job = subprocess.Popen([sys.executable, str(ROOT / "ddae.py"), *FLAGS.split(), "--data", str(images), "--out_dir",
+                                str(tmp_path), "--max_steps", "5"], stdout=full, stderr=full)
+    job.wait(60)
+    assert load(tmp_path)["step"] == soak.lines(tmp_path) == 5
+
+
 def send_to(where, step, rank):
     if rank == where:
         send(step, signal.SIGTERM, rank)
@@ -346,7 +431,7 @@ def test_a_data_worker_that_is_killed(images, tmp_path):
     run = Run(f"{FLAGS} --data {images} --out_dir {tmp_path} --epochs 100 --save_every 0.25 --num_workers 1",
               hook=kill_worker)
     assert run.wait(60) == [1]
-    assert "DataLoader worker (pid" in run.output().splitlines()[-1]
+    assert re.search(r"a data worker died \(|DataLoader worker \(pid", run.output())
     assert load(tmp_path)["step"] >= 3
 
 
@@ -411,6 +496,11 @@ def test_image_zoo(tmp_path):
         for name in bad:
             assert text.count(f"unreadable {zoo / name}: ") == 1, text
         assert text.count("unreadable /") == len(bad)
+    more = tmp_path / "more"  # a run in two parts counts on
+    for stop in (2, 4):
+        assert Run(f"{FLAGS.replace('--batch_size 16', '--batch_size 17')} --data {tmp_path / 'zoo'} --out_dir {more} "
+                   f"--epochs 4 --max_bad 0.5 --num_workers 0 --max_steps {stop}").wait() == [0]
+    assert soak.differences(more, tmp_path / "0_0.5") == []
     last = soak.log(tmp_path / "0_0.5")
     assert last[-1]["unreadable"] == len(bad) == 7
     assert soak.differences(tmp_path / "0_0.5", tmp_path / "1_0.5") == []  # the same replacements
