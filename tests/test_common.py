@@ -14,6 +14,7 @@ from PIL import Image
 
 import common
 import ddae
+import deepmim
 
 ROOT = Path(__file__).parent.parent
 TINY = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
@@ -336,21 +337,24 @@ def test_two_processes_that_do_not_divide_the_batch(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_help_explains_every_flag(monkeypatch, capsys):
+@pytest.mark.parametrize("module", [ddae, deepmim])
+def test_help_explains_every_flag(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, "--help", base="")
+        module.main()
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in ddae.Config.__dataclass_fields__:
-        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|code|ours)", text, re.S), name
+    for name in module.Config.__dataclass_fields__:
+        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|code|ours)", text, re.S), name
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def test_readme_names_files_and_flags_that_exist():
     text = (ROOT / "README.md").read_text()
-    for command in re.findall(r"ddae\.py([^\n`|]*)", text):
-        for flag in re.findall(r"--([a-zA-Z_]+)", command):
-            assert flag.removeprefix("no-") in {*ddae.Config.__dataclass_fields__, "preset", "help"}, flag
+    for module in (ddae, deepmim):
+        for command in re.findall(rf"{module.__name__}\.py([^\n`|]*)", text):
+            for flag in re.findall(r"--([a-zA-Z_]+)", command):
+                assert flag.removeprefix("no-") in {*module.Config.__dataclass_fields__, "preset", "help"}, flag
     for name in re.findall(r"\]\(([\w./]+)\)", text):
         assert (ROOT / name).exists(), name
