@@ -505,6 +505,7 @@ class DeepMIM(nn.Module):
             if self.target == "codebook":
                 codes = self.teacher.weight("quantize.embedding.weight")
                 pred, target = codes[pred.argmax(-1)], codes[target.long()]
+            visible = torch.zeros_like(visible)
             colours = [first_components(x, target.flatten(0, 2)) for x in (pred, target)]
             mean, std = (t.view(3) for t in common.mean_std(imgs.device))
             pred, target = (((c - mean) / std).repeat(1, 1, 1, p * p) for c in colours)

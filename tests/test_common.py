@@ -184,6 +184,21 @@ def test_knn_finds_copies():
     assert common.knn_accuracy(vit, cfg, "cpu", autocast, (source, common.Shapes("val", 16))) < 70
 
 
+def test_validation_loss_is_the_mean_over_images_whatever_the_seed(images):
+    torch.manual_seed(0)
+    cfg = config(f"--data {images} --val_images 15")
+    model, source = ddae.DDAE(**common.arguments(ddae.DDAE, cfg)), common.open_data(cfg, "val")
+    draw, autocast = partial(ddae.draw_mask, **common.arguments(ddae.draw_mask, cfg)), torch.autocast("cpu", enabled=False)
+    got = common.validation_loss(model, cfg, "cpu", autocast, source, draw)
+    other = config(f"--data {images} --val_images 15 --seed 3")
+    assert got == common.validation_loss(model, other, "cpu", autocast, source, draw)
+    losses = []
+    for i in np.random.default_rng(0).permutation(20)[:15]:
+        image = common.normalise(common.centre_crop(cfg)(source.image(i)).unsqueeze(0), "cpu")
+        losses.append(model(image, torch.from_numpy(draw(np.random.default_rng((0, i)))).unsqueeze(0))[0].item())
+    assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 def test_damaged_files_are_refused_never_read_wrong(tmp_path):

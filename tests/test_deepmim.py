@@ -212,6 +212,14 @@ def test_semantic_guided_masks_parts_as_the_loop_says():
         assert sum(0 < s < 1 for s in shares) <= 1
 
 
+def test_schedule_goes_from_parts_of_parts_to_whole_parts_and_is_saved():
+    model = make()
+    assert model.whole == 0
+    for progress, whole in ((0.1, 0.01), (0.5, 0.25), (1.0, 1.0)):  # SemMAE's code: 1 - whole = 1 - (epoch / epochs)^2
+        model.after_step(progress)
+        assert model.whole.item() == pytest.approx(whole) and model.state_dict()["whole"].item() == pytest.approx(whole)
+
+
 def test_semantic_aware_keeps_what_the_teacher_attends_to():
     p = torch.tensor([0.5, 0.25, 0.15, 0.1] + [0.0] * 192)
     g = torch.Generator().manual_seed(0)

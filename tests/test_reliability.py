@@ -454,6 +454,21 @@ def test_memory_and_open_files_stay_constant(images, tmp_path):
         assert pages < 1.05 * first and now == files
 
 
+def test_measuring_does_not_depend_on_the_processes_or_disturb_the_run(images, tmp_path):
+    flags = f"{FLAGS} --data {images} --epochs 2 --num_workers 0"
+    found = {}
+    for processes, extra in ((1, ""), (1, "--val_every 0.5 --knn_every 0.5"), (2, "--val_every 0.5 --knn_every 0.5")):
+        out = tmp_path / f"{processes}{bool(extra)}"
+        assert not any(Run(f"{flags} {extra} --out_dir {out}", processes).wait())
+        found[processes, bool(extra)] = soak.log(out)
+    one, two = found[1, True], found[2, True]
+    assert [x["step"] for x in one if "val_loss" in x] == [x["step"] for x in one if "knn" in x] == [0, 2, 4, 6, 8]
+    for a, b in zip(one, two):
+        for key in ("val_loss", "val_pixel/2", "knn"):
+            assert (key in a) == (key in b) and a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
+    assert [x["loss"] for x in one if "loss" in x] == [x["loss"] for x in found[1, False]]
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 def test_image_zoo(tmp_path):
