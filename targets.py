@@ -35,7 +35,8 @@ def hog(imgs, patch_size):
     """
     kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=imgs.device)
     x = F.pad(imgs.float().flatten(0, 1).unsqueeze(1), (1, 1, 1, 1), mode="reflect")  # (B*3, 1, H+2, W+2)
-    gx, gy = F.conv2d(x, torch.stack((kernel, kernel.T)).unsqueeze(1)).unbind(1)  # (B*3, H, W)
+    with torch.autocast(imgs.device.type, enabled=False):  # directions of weak gradients need fp32
+        gx, gy = F.conv2d(x, torch.stack((kernel, kernel.T)).unsqueeze(1)).unbind(1)  # (B*3, H, W)
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9
     votes = torch.zeros(len(gx), 9, *gx.shape[1:], device=imgs.device)
     votes.scatter_(1, bins.unsqueeze(1), torch.hypot(gx, gy).unsqueeze(1))

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import soak
 import timm
 import torch
 import torch.nn as nn
@@ -434,7 +435,8 @@ def test_every_target_and_mask_trains_and_resumes(flags, tmp_path, dino_file, mo
     main(monkeypatch, f"{flags} --out_dir {tmp_path / 'whole'} --max_steps 16")
     main(monkeypatch, f"{flags} --out_dir {tmp_path / 'cut'} --max_steps 3")
     main(monkeypatch, f"{flags} --out_dir {tmp_path / 'cut'} --max_steps 16")
-    import soak
+    main(monkeypatch, f"{flags} --out_dir {tmp_path / 'bf16'} --max_steps 2 --precision bf16")
+    assert np.isfinite(soak.log(tmp_path / "bf16")[-1]["loss"])
     assert soak.differences(tmp_path / "whole", tmp_path / "cut") == []
     lines = soak.log(tmp_path / "whole")
     taps = [k for k in lines[0] if "/" in k]
