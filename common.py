@@ -5,7 +5,7 @@ log, pictures, kNN accuracy, and the one training loop. Nothing here knows of ma
 A method file brings three things:
     draw(rng) -> int array                     what is random about one sample besides its crop; runs in the data worker
     model(imgs, drawn) -> loss, metrics        imgs (B, 3, H, W) normalised, drawn (B, ...) the stacked draws
-    model.after_step(progress)                 after each optimiser step; progress in [0, 1) of the whole training
+    model.after_step(progress)                 after each optimiser step; progress in (0, 1] of the whole training
     model.after_init()                         after --init has loaded weights into model.encoder
     model.preview(imgs, drawn) -> panels       title -> (B, 3, H, W) or (B, h, w), for preview.png
     model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
@@ -982,8 +982,8 @@ def train(cfg, model, draw):
             sys.exit(1)
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(step / total)
         step += 1
+        model.after_step(step / total)
         with contextlib.suppress(OSError):
             bar.update(cfg.batch_size)
 

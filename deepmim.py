@@ -210,30 +210,37 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; in training each branch is left out for a share `drop_path` of the samples."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, drop_path=0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
     def forward(self, x):  # (B, T, D)
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, x):
+        if not self.training or not self.drop_path:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        return x * keep / (1 - self.drop_path)
 
 
 class ViT(nn.Module):
     """Vision transformer with timm's parameter names; reads all patches, or only those in `ids_keep`."""
 
-    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads):
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, drop_path=0.0):
         super().__init__()
         self.patch_size, self.grid = patch_size, (img_size // patch_size, img_size // patch_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
 
@@ -483,7 +490,7 @@ class DeepMIM(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress):
-        """SemMAE's schedule, from parts of parts to whole parts; progress in [0, 1) of the whole training."""
+        """SemMAE's schedule, from parts of parts to whole parts; progress in (0, 1] of the whole training."""
         self.whole.fill_(progress ** 2)
 
     @torch.no_grad()

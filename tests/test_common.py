@@ -15,6 +15,7 @@ from PIL import Image
 import common
 import ddae
 import deepmim
+import sdae
 
 ROOT = Path(__file__).parent.parent
 TINY = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
@@ -352,7 +353,7 @@ def test_two_processes_that_do_not_divide_the_batch(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("module", [ddae, deepmim])
+@pytest.mark.parametrize("module", [ddae, deepmim, sdae])
 def test_help_explains_every_flag(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -360,14 +361,14 @@ def test_help_explains_every_flag(module, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for name in module.Config.__dataclass_fields__:
-        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|code|ours)", text, re.S), name
+        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|supp|code|ours)", text, re.S), name
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def test_readme_names_files_and_flags_that_exist():
     text = (ROOT / "README.md").read_text()
-    for module in (ddae, deepmim):
+    for module in (ddae, deepmim, sdae):
         for command in re.findall(rf"{module.__name__}\.py([^\n`|]*)", text):
             for flag in re.findall(r"--([a-zA-Z_]+)", command):
                 assert flag.removeprefix("no-") in {*module.Config.__dataclass_fields__, "preset", "help"}, flag

@@ -1,0 +1,251 @@
+"""SdAE against independent oracles: loops over samples, folds and tokens, closed forms, the paper's schedule."""
+import inspect
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import soak
+import torch
+import torch.nn.functional as F
+
+import common
+import ddae
+import deepmim
+import sdae
+
+SMALL = dict(img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=2, decoder_dim=16, decoder_heads=2,
+             decoder_depth=1, drop_path=0.0)
+
+
+def batch(B=3, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(64) for _ in range(B)])
+    return torch.randn(B, 3, 32, 32, generator=torch.manual_seed(seed)), torch.from_numpy(ids)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = sdae.SdAE(**SMALL | options)
+    with torch.no_grad():  # zero biases and unit norms would hide mistakes; teacher and student must differ
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p) * (p.ndim == 1 or 0.2))
+    return model
+
+
+def test_shared_vit_is_the_same_text():
+    texts = [inspect.getsource(m).split("# --- shared ViT")[1].split("# --- end of shared ViT")[0]
+             for m in (ddae, deepmim, sdae)]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 4000
+    assert inspect.getsource(ddae.Decoder) == inspect.getsource(deepmim.Decoder) == inspect.getsource(sdae.Decoder)
+
+
+def slow_teacher(model, img, ids):
+    """One image, one fold, token after token -> (T, D)."""
+    vit = model.teacher
+    patches = [img[:, n // 8 * 4:n // 8 * 4 + 4, n % 8 * 4:n % 8 * 4 + 4] for n in ids]
+    x = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]] + [(vit.patch_embed.proj.weight * p).sum((1, 2, 3)) + vit.patch_embed.proj.bias
+                                 + vit.pos_embed[0, 1 + n] for p, n in zip(patches, ids)]
+    x = torch.stack(x).unsqueeze(0)
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)[0, 1:]
+
+
+@pytest.mark.parametrize("options, sizes", [
+    (dict(), [16] * 3), (dict(folds=2), [24] * 2), (dict(folds=5), [9] * 5), (dict(feed="masked"), [48]),
+    (dict(feed="crop"), [16]), (dict(feed="crop", crop_ratio=0.6), [29])])
+@pytest.mark.parametrize("axis", ["channel", "token", "global"])
+@torch.no_grad()
+def test_loss_equals_a_loop_over_folds_and_tokens(options, sizes, axis):
+    model = make(cosine_axis=axis, **options)
+    imgs, ids = batch()
+    latent = model.student.norm(model.student(imgs, ids[:, :16])[-1])
+    pred = model.decoder(latent[None], ids)[0]
+    cosines = []
+    for b in range(3):
+        targets, preds, at = [], [], 16
+        for T in sizes:
+            t = slow_teacher(model, imgs[b], ids[b, at:at + T].tolist())
+            targets.append((t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True) + 1e-6).sqrt())
+            preds.append(pred[b, at - 16:at - 16 + T])
+            at += T
+        if axis == "global":
+            cosines.append(F.cosine_similarity(torch.cat(targets).flatten(), torch.cat(preds).flatten(), dim=0))
+        else:
+            for t, p in zip(targets, preds):
+                t, p = (t, p) if axis == "channel" else (t.T, p.T)
+                cosines += [(x @ y) / (x.norm() * y.norm()) for x, y in zip(t, p)]
+    assert model(imgs, ids)[0].item() == pytest.approx(1 - torch.stack(cosines).mean().item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_full_image_and_identities():
+    imgs, ids = batch()
+    full = make(feed="full")
+    target = full.teach(imgs, ids[:, 16:])[0][:, 0]
+    whole = full.teacher.norm(full.teacher(imgs)[-1])[:, 1:]
+    want = torch.stack([whole[b, ids[b, 16:]] for b in range(3)])
+    torch.testing.assert_close(target, sdae.normalise_tokens(want))
+    assert target.square().sum(-1).mean().item() == pytest.approx(23, abs=0.01)  # D - 1: the variance is unbiased
+    losses = [make(**o)(imgs, ids)[0] for o in (dict(feed="masked"), dict(folds=1), dict(feed="crop", crop_ratio=1.0))]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@torch.no_grad()
+def test_tokens_of_one_fold_do_not_see_another():
+    model = make()
+    imgs, ids = batch()
+    before = model.teach(imgs, ids[:, 16:])[0]
+    other = imgs.clone()
+    n = ids[1, 16 + 20].item()  # sample 1, fold 1, token 4
+    other[1, :, n // 8 * 4:n // 8 * 4 + 4, n % 8 * 4:n % 8 * 4 + 4] += 1
+    changed = (model.teach(other, ids[:, 16:])[0] - before).abs().sum(-1) > 1e-6
+    assert changed[1, 1].all() and changed.sum() == 16
+    visible = imgs.clone()
+    n = ids[0, 3].item()
+    visible[0, :, n // 8 * 4:n // 8 * 4 + 4, n % 8 * 4:n % 8 * 4 + 4] += 1
+    assert torch.equal(model.teach(visible, ids[:, 16:])[0], before)
+
+
+def test_axes_differ_as_the_probe_says():
+    g = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(1, 1, 49, 768, generator=g), torch.randn(1, 1, 49, 768, generator=g)
+    pred[..., 0] = target[..., 0] = 100  # one constant channel
+    assert sdae.cosine_loss(pred, target, "channel") < 0.1 < sdae.cosine_loss(pred, target, "token")
+
+
+def test_momentum_schedule():
+    golden = {0: 0.96, 75: 0.9644, 150: 0.975, 225: 0.9856, 299: 0.99}
+    for epoch, m in golden.items():
+        assert sdae.momentum_at(epoch, 300, (0.96, 0.99)) == pytest.approx(m, abs=6e-5)
+    left = np.cumprod([sdae.momentum_at(e, 300, (0.96, 0.99)) for e in range(300)])
+    assert left[24] == pytest.approx(0.362, abs=2e-3) and left[99] == pytest.approx(0.022, abs=1e-3)
+    plain = np.prod([0.99 + 0.5 * (0.96 - 0.99) * (1 + math.cos(math.pi * e / 20)) for e in range(20)])
+    short = np.prod([sdae.momentum_at(e, 20, (0.96, 0.99)) for e in range(20)])
+    assert plain == pytest.approx(0.593, abs=2e-3) and short == pytest.approx(plain ** 15) and short < 1e-3
+
+
+@pytest.mark.parametrize("every", ["epoch", "step"])
+def test_teacher_is_the_closed_form_average(every):
+    model = make(ema_every=every, epochs=4, momentum=(0.5, 0.9))
+    names = [n for n, p in model.student.named_parameters() if p.requires_grad]
+    teacher = {n: model.teacher.get_parameter(n).clone().double() for n in names}
+    for step in range(1, 13):  # 3 steps an epoch
+        with torch.no_grad():
+            for p in model.student.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        model.after_step(step / 12)
+        if every == "step" or step % 3 == 0:
+            epoch = (step - 1) // 3
+            m = (0.9 + 0.5 * (0.5 - 0.9) * (1 + math.cos(math.pi * epoch / 4))) ** (300 / 4)
+            teacher = {n: m * t + (1 - m) * model.student.get_parameter(n).double() for n, t in teacher.items()}
+        for n in names:
+            torch.testing.assert_close(model.teacher.get_parameter(n).double(), teacher[n], atol=1e-6, rtol=1e-6)
+
+
+def test_epochs_end_where_they_should():
+    """In floating point, step / total * epochs is a whole number at the end of each epoch and nowhere else."""
+    for per_epoch, epochs in ((1668, 300), (312, 2), (781, 7), (1, 5)):
+        total = per_epoch * epochs
+        whole = [s for s in range(1, total + 1) if abs(s / total * epochs - round(s / total * epochs)) <= 1e-7]
+        assert whole == list(range(per_epoch, total + 1, per_epoch))
+
+
+def test_teacher_gets_no_gradient_and_starts_as_told():
+    model = make()
+    imgs, ids = batch()
+    model(imgs, ids)[0].backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert all(p.grad is not None for p in [*model.student.parameters(), *model.decoder.parameters()] if p.requires_grad)
+    copy, own = sdae.SdAE(**SMALL), sdae.SdAE(**SMALL | dict(teacher_init="independent"))
+    assert all(torch.equal(v, copy.teacher.state_dict()[k]) for k, v in copy.student.state_dict().items())
+    assert not torch.equal(own.student.blocks[0].mlp.fc1.weight, own.teacher.blocks[0].mlp.fc1.weight)
+    assert make(export="teacher").encoder is not make().encoder and make(export="teacher").encoder.training
+
+
+def test_drop_path_is_in_the_student_only():
+    model = sdae.SdAE(**SMALL | dict(depth=12, drop_path=0.25))
+    assert [b.drop_path for b in model.student.blocks] == pytest.approx(np.linspace(0, 0.25, 12))
+    assert not any(b.drop_path for part in (model.teacher.blocks, model.decoder.decoder_blocks) for b in part)
+    block = ddae.Block(24, 2, drop_path=0.5)
+    x = torch.randn(2000, 2, 24)
+    branch = block.drop(x)
+    kept = (branch != 0).any(-1).any(-1)
+    assert 0.45 < kept.float().mean() < 0.55 and torch.equal(branch[kept], x[kept] * 2)
+    assert torch.equal(block.eval().drop(x), x)
+
+
+def test_monitor_tells_of_collapse():
+    model = make()
+    imgs, ids = batch()
+    healthy = model(imgs, ids)[1]
+    with torch.no_grad():
+        for p in (model.teacher.norm.weight,):
+            p.zero_()
+    collapsed = model(imgs, ids)[1]
+    assert collapsed["teacher_cosine"] == pytest.approx(1) and collapsed["teacher_std"] < 1e-6
+    assert healthy["teacher_cosine"] < 0.99 and healthy["teacher_std"] > 0.05
+
+
+TINY = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
+       "--decoder_depth 1 --batch_size 2500 --micro_batch 50 --base_lr 1e-3 --warmup_epochs 0.5 --log_every 1 " \
+       "--device cpu --num_workers 0 --epochs 2"
+
+
+def main(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["sdae.py", *TINY.split(), *flags.split()])
+    sdae.main()
+
+
+@pytest.mark.parametrize("flags", ["", "--ema_every step --export teacher", "--feed full --cosine_axis token",
+                                   "--feed masked --cosine_axis global --no-normalise", "--feed crop --folds 2"])
+def test_trains_and_resumes_bitwise(flags, tmp_path, monkeypatch):
+    images = soak.make_images(tmp_path / "images")
+    flags += f" --data {images} --batch_size 16 --micro_batch 0 --epochs 4"
+    main(monkeypatch, f"{flags} --out_dir {tmp_path / 'whole'}")
+    for stop in (3, 4, 9, 16):  # 4 steps an epoch
+        main(monkeypatch, f"{flags} --out_dir {tmp_path / 'cut'} --max_steps {stop}")
+    assert soak.differences(tmp_path / "whole", tmp_path / "cut") == []
+    lines = soak.log(tmp_path / "whole")
+    assert np.mean([x["loss"] for x in lines[-4:]]) < np.mean([x["loss"] for x in lines[:4]])
+    model = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]
+    encoder = torch.load(tmp_path / "whole" / "encoder.pt", weights_only=True)["model"]
+    part = "teacher" if "teacher" in flags else "student"
+    assert all(torch.equal(v, model[f"{part}.{k}"]) for k, v in encoder.items())
+    assert (tmp_path / "whole" / "preview.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--folds 0", "--folds must be above 0"), ("--folds 13", "--folds 13 is more than the 12 masked patches"),
+    ("--crop_ratio 0.01", "--crop_ratio 0.01 must be in (0, 1]"), ("--drop_path 1", "--drop_path must be in [0, 1)"),
+    ("--momentum 0.9", "--momentum takes 2 values, got 1"), ("--momentum 0.9 1.0", "--momentum must be in [0, 1)"),
+    ("--cosine_axis tokens", "invalid choice: 'tokens'"), ("--mask_ratio 1", "--mask_ratio 1.0 must be between 0 and 1")])
+def test_bad_input(flags, message, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, f"{flags} --out_dir {tmp_path / 'new'}")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and len(err.splitlines()) == 1 and not (tmp_path / "new").exists()
+
+
+def test_recipe_and_text():
+    cfg = common.parse(sdae.Config, sdae.PRESETS, argv=[])
+    paper = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, drop_path=0.25, mask_ratio=0.75,
+                 feed="folds", folds=3, crop_ratio=1 / 3, normalise=True, cosine_axis="channel", teacher_init="copy",
+                 momentum=(0.96, 0.99), ema_every="epoch", export="student", decoder_depth=8, decoder_dim=512,
+                 decoder_heads=16, epochs=300, warmup_epochs=60, batch_size=768, base_lr=8e-4 / 3, min_lr=0,
+                 weight_decay=0.05, adam_betas=(0.9, 0.95), crop_min=0.2)
+    assert {k: getattr(cfg, k) for k in sdae.Config.__annotations__} == paper
+    assert cfg.base_lr * cfg.batch_size / 256 == pytest.approx(8e-4)
+    for name, p in inspect.signature(sdae.SdAE).parameters.items():
+        assert p.default == getattr(cfg, name), name
+    text, source = inspect.getsource(sdae), inspect.getsource(sdae.Config)
+    for name in sdae.Config.__annotations__:
+        assert re.search(rf"^    {name}: .*  # \[(paper|supp|code|ours)", source, re.M), name
+        assert re.search(rf"\b{name}\b", text.replace(source, "") + inspect.getsource(common)), name
+    body = text.replace(sdae.__doc__, "")
+    assert set(re.findall(r"Eq\. \d", sdae.__doc__)) == set(re.findall(r"Eq\. \d", body[body.index("# --- masking"):]))
+    sizes = [sdae.SdAE(img_size=224, patch_size=16, embed_dim=24, depth=1, num_heads=2, decoder_dim=16, decoder_heads=2,
+                       decoder_depth=1, folds=f).read for f in (2, 3, 4)]
+    assert sizes == [146, 147, 144]
