@@ -511,17 +511,24 @@ def test_image_zoo(tmp_path):
         for name in bad:
             assert text.count(f"unreadable {zoo / name}: ") == 1, text
         assert text.count("unreadable /") == len(bad)
-    more = tmp_path / "more"  # a run in two parts counts on
-    for stop in (2, 4):
-        assert Run(f"{FLAGS.replace('--batch_size 16', '--batch_size 17')} --data {tmp_path / 'zoo'} --out_dir {more} "
-                   f"--epochs 4 --max_bad 0.5 --num_workers 0 --max_steps {stop}").wait() == [0]
-    assert soak.differences(more, tmp_path / "0_0.5") == []
     last = soak.log(tmp_path / "0_0.5")
     assert last[-1]["unreadable"] == len(bad) == 7
     assert soak.differences(tmp_path / "0_0.5", tmp_path / "1_0.5") == []  # the same replacements
     error = runs[0, 0.01].output().splitlines()[-1]
     assert len(re.findall(re.escape(str(zoo)) + r"/[\w.]+ \(\w+: ", error)) == 5 and "7 of 17 images are unreadable, more than --max_bad 0.01" in error
     assert not (tmp_path / "0_0.01" / "last.pt").exists()
+
+
+def test_a_resumed_run_counts_bad_files_on(tmp_path):
+    images = soak.make_images(tmp_path / "images", 20)
+    for path in sorted((images / "train").rglob("*.png"))[:3]:
+        path.write_bytes(b"")
+    flags = f"{FLAGS.replace('--batch_size 16', '--batch_size 5')} --data {images} --max_bad 0.5 --num_workers 0 --epochs 2"
+    assert Run(f"{flags} --out_dir {tmp_path / 'whole'}").wait() == [0]
+    for stop in (6, 8):  # 4 steps are an epoch
+        assert Run(f"{flags} --out_dir {tmp_path / 'cut'} --max_steps {stop}").wait() == [0]
+    assert soak.differences(tmp_path / "whole", tmp_path / "cut") == []
+    assert soak.log(tmp_path / "cut")[-1]["unreadable"] == 3
 
 
 def test_masks_and_crops_change_with_seed_epoch_and_sample(images):
