@@ -367,7 +367,7 @@ class Generator(nn.Module):
     def __init__(self, path, img_size, patch_size):
         super().__init__()
         file = common.load(path)
-        config, weights = file.get("config", {}), file.get("model", file)
+        config, weights = file.get("config", {}) if isinstance(file, dict) else {}, targets.read(path)
         weights = {k.removeprefix("encoder.").removeprefix("decoders.0."): v for k, v in weights.items()}
         for name in ("pos_embed", "decoder_embed.weight", "decoder_pred.weight"):
             common.check(name in weights, f"--hybrid {path} lacks {name}; it takes last.pt of `deepmim.py --taps N`, "

@@ -140,7 +140,7 @@ def codebook(path):
     found = read(path)
     weights = {k.removeprefix("encoder.").replace("fc_norm", "norm"): v for k, v in found.items()
                if k.startswith("encoder.")}
-    for name in [k for k in weights if k.endswith("attn.q_bias")]:  # BEiT's attention has no bias on keys
+    for name in [k for k in weights if k.endswith("attn.q_bias") and k.replace("q_bias", "v_bias") in weights]:  # BEiT's attention has no bias on keys
         q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
         weights[name.replace("q_bias", "qkv.bias")] = torch.cat((q, torch.zeros_like(q), v))
     extra = [f"encode_task_layer.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")] + ["quantize.embedding.weight"]
@@ -177,7 +177,7 @@ def read(path):
     if isinstance(found, dict):
         found = found.get("model", found.get("state_dict", found))
     common.check(isinstance(found, dict), f"{path} holds no state dict")
-    return found
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}
 
 
 def checked(weights, path, without=(), extra=()):

@@ -462,6 +462,10 @@ BAD = {
     "--target dino --target_file {tmp}/run/last.pt": "last.pt is no such teacher",
     "--target codebook --target_file {tmp}/clip.pt": "clip.pt is no such teacher",
     "--target dino --target_file {tmp}/wide.pth": "blocks.0.attn.qkv.weight is (384, 100), not (384, 128)",
+    "--target dino --target_file {tmp}/odd.pth": "odd.pth is no such teacher",
+    "--target codebook --target_file {tmp}/odd.pth": "odd.pth is no such teacher",
+    "--hybrid {tmp}/odd.pth": "odd.pth lacks pos_embed",
+    "--hybrid {tmp}/list.pth": "list.pth holds no state dict",
     "--target dino --target_file {tmp}/text.pth": "text.pth is damaged or not a checkpoint",
 }
 
@@ -472,6 +476,8 @@ def test_bad_input(flags, tmp_path, dino_file, monkeypatch, capsys):
     weights = torch.load(dino_file)
     weights["blocks.0.attn.qkv.weight"] = torch.zeros(384, 100)
     torch.save(weights, tmp_path / "wide.pth")
+    torch.save({"cls_token": [1], "encoder.blocks.0.attn.q_bias": torch.zeros(3)}, tmp_path / "odd.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     if "run/" in flags:
         main(monkeypatch, f"--taps 4 --max_steps 1 --out_dir {tmp_path / 'run'}")
