@@ -7,6 +7,7 @@ A method file brings three things:
     model(imgs, drawn) -> loss, metrics        imgs (B, 3, H, W) normalised, drawn (B, ...) the stacked draws
     model.after_step(progress)                 after each optimiser step; progress in (0, 1] of the whole training
     model.after_init()                         after --init has loaded weights into model.encoder
+    model.warning(line) -> text                may be there: what a line of the log warns of, or ""
     model.preview(imgs, drawn) -> panels       title -> (B, 3, H, W) or (B, h, w), for preview.png
     model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
 
@@ -1006,6 +1007,8 @@ def train(cfg, model, draw):
             line |= measure(end)
         if line:
             report(line)
+        if "loss" in line and hasattr(model, "warning") and (text := model.warning(line)):
+            say(f"warning    {text}")
         if end or due(cfg.preview_every) and not stop_now:
             pictures()
         if end or stop_now or due(cfg.save_every):

@@ -24,15 +24,16 @@ Differs from, or is not said in, the paper:
   - the loss is 1 - cosine; Eq. 4 is the likelihood to maximise
   - the teacher starts as a copy of the student; in the code it is drawn independently (`--teacher_init independent`)
   - where the folds do not divide M, the rest of the masked patches is left out on both sides, as in the code
-  - runs shorter than 100 epochs raise m to the power 300 / epochs, or the teacher would hardly move: with 20 epochs 59%
-    of it would still be its initial self
+  - under 100 epochs a momentum per epoch is raised to the power 300 / epochs, or the teacher would hardly move: with 20
+    epochs 59% of it would still be its initial self; a momentum per step is taken as it is
   - weight decay 0.05 as in the paper; the code's default is 0.04
   - [CLS], with its zero position, stands in front of every fold, as in the code
 
 Run:
-    python sdae.py --preset quick      # generated images, 2 CPU cores; runs, but its kNN falls below an untrained encoder's
+    python sdae.py --preset quick                                       # generated images, 2 CPU cores, about a minute
     torchrun --nproc_per_node=8 sdae.py --epochs 300 --data IMAGENET    # the paper's recipe, ViT-B
-Expect: a loss of 1.0 when nothing is known; `teacher_cosine` well below 1, or the features have collapsed.
+Expect: a loss of 1.0 when nothing is known. It falls fast and rises when the teacher moves, so it compares no two runs;
+`teacher_cosine` should stay well below 1: where all features are alike, any loss is 0, and a warning says so.
 """
 import copy
 import math
@@ -64,7 +65,7 @@ class Config(common.RunConfig):
     cosine_axis: Literal["channel", "token", "global"] = "channel"  # [paper Eq. 4] see above; the code has token
     teacher_init: Literal["copy", "independent"] = "copy"  # [code] the code draws the teacher independently
     momentum: tuple[float, ...] = (0.96, 0.99)  # [supp A.1] of the teacher, from first to last epoch along a cosine
-    ema_every: Literal["epoch", "step"] = "epoch"  # [paper Sec. 4.2] how often; per step the momentum must be near 1
+    ema_every: Literal["epoch", "step"] = "epoch"  # [paper Sec. 4.2] how often; per step the momentum must be near 1, e.g. 0.999
     export: Literal["student", "teacher"] = "student"  # [paper Fig. 4c] which encoder goes to encoder.pt and kNN
     decoder_depth: int = 8  # [supp A.4] decoder blocks, 1 to 12
     decoder_dim: int = 512  # [code] width of the decoder
@@ -105,8 +106,8 @@ PRESETS = {
     "base": dict(),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64, decoder_heads=2,
-                  decoder_depth=1, drop_path=0.0, momentum=(0.99, 0.99), ema_every="step", epochs=2, warmup_epochs=0.3,
-                  batch_size=32, base_lr=1.2e-2, knn_every=1, knn_images=5000, out_dir="out/quick_sdae"),
+                  decoder_depth=1, drop_path=0.0, epochs=4, warmup_epochs=0.5, batch_size=32, base_lr=6e-3, knn_every=1,
+                  knn_images=5000, out_dir="out/quick_sdae"),
 }
 
 
@@ -265,14 +266,14 @@ def cosine_loss(pred, target, axis):
     return 1 - F.cosine_similarity(pred, target, dim=2 if axis == "token" else -1).mean()
 
 
-def momentum_at(epoch, epochs, momentum):
+def momentum_at(epoch, epochs, momentum, ema_every="epoch"):
     """EMA momentum of an epoch counted from 0: half a cosine from the first value to the second. [supp A.1, code]
 
-    Runs under 100 epochs keep as much of the initial teacher as 300 epochs would.
+    Per epoch, runs under 100 epochs keep as much of the initial teacher as 300 epochs would.
     """
     first, last = momentum
     m = last + 0.5 * (first - last) * (1 + math.cos(math.pi * epoch / epochs))
-    return m ** (300 / epochs) if epochs < 100 else m
+    return m ** (300 / epochs) if ema_every == "epoch" and epochs < 100 else m
 
 
 def first_components(features, fit):
@@ -374,8 +375,14 @@ class SdAE(nn.Module):
         epoch = progress * self.epochs
         if self.ema_every == "epoch" and abs(epoch - round(epoch)) > 1e-7:
             return
-        m = momentum_at(math.ceil(epoch - 1e-7) - 1, self.epochs, self.momentum)
+        m = momentum_at(math.ceil(epoch - 1e-7) - 1, self.epochs, self.momentum, self.ema_every)
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - m)
+
+    def warning(self, line):
+        """What the figures just logged warn of, or "": features all alike, which any student predicts."""
+        std, cosine = line["teacher_std"], line["teacher_cosine"]
+        return (f"the teacher's features collapse: deviation {std:.3g}, mean cosine of any two {cosine:.3g}; "
+                "try a lower --base_lr or a slower teacher (--momentum)") if std < 0.05 or cosine > 0.95 else ""
 
     @torch.no_grad()
     def preview(self, imgs, ids_shuffle):
@@ -408,6 +415,9 @@ def main():
     cfg = common.parse(Config, PRESETS, __doc__)
     torch.manual_seed(cfg.seed)
     model = SdAE(**common.arguments(SdAE, cfg))
+    first, last = (momentum_at(e, cfg.epochs, cfg.momentum, cfg.ema_every) for e in (0, cfg.epochs - 1))
+    common.say(f"teacher    keeps {first:.4g} of itself per {cfg.ema_every} at first, {last:.4g} at last" + (
+        f" ({cfg.momentum} to the power 300 / {cfg.epochs})" if cfg.ema_every == "epoch" and cfg.epochs < 100 else ""))
     common.train(cfg, model, partial(draw_mask, **common.arguments(draw_mask, cfg)))
 
 

@@ -3,6 +3,7 @@ The speed figures of the README, all alternated in one run so that a machine's d
 
     python tests/bench.py                      masks and distance maps against a ViT-B step; MAE and DDAE steps
     python tests/bench.py --mae PATH           also the step of a checkout of github.com/facebookresearch/mae
+    python tests/bench.py --sdae               SdAE's four teacher feedings against MAE, with the operations of each
     python tests/bench.py --device cuda --batch 256 [--compile]      bf16 steps with peak memory
 """
 import argparse
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import ddae
+import sdae
 
 
 def official_mae(path):
@@ -35,6 +38,7 @@ def official_mae(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mae")
+    parser.add_argument("--sdae", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=7)
@@ -63,14 +67,18 @@ def main():
                 model.after_step(0.0)
         return step
 
-    steps = {"DDAE": stepper(ddae.DDAE(), lambda model: model(imgs, ids)[0]),
-             "MAE": stepper(ddae.DDAE(pixel="plain", feature="none", decoder_depth=8), lambda model: model(imgs, ids)[0])}
-    if args.mae:
-        steps["official MAE"] = stepper(official_mae(args.mae), lambda model: model(imgs, 0.75)[0])
-
-    rng, table = np.random.default_rng(0), ddae.patch_distances((14, 14)).to(args.device)
-    steps["block masks"] = lambda: [ddae.draw_mask(rng, 224, 16, "block", 0.75) for _ in range(B)]
-    steps["distance maps"] = lambda: ddae.distance_map(ids[:, :49], table)
+    mae = stepper(ddae.DDAE(pixel="plain", feature="none", decoder_depth=8), lambda model: model(imgs, ids)[0])
+    if args.sdae:
+        steps = {"MAE": mae}
+        for feed in ("full", "masked", "crop", "folds"):
+            steps[f"SdAE, {feed}"] = stepper(sdae.SdAE(feed=feed), lambda model: model(imgs, ids)[0])
+    else:
+        steps = {"DDAE": stepper(ddae.DDAE(), lambda model: model(imgs, ids)[0]), "MAE": mae}
+        if args.mae:
+            steps["official MAE"] = stepper(official_mae(args.mae), lambda model: model(imgs, 0.75)[0])
+        rng, table = np.random.default_rng(0), ddae.patch_distances((14, 14)).to(args.device)
+        steps["block masks"] = lambda: [ddae.draw_mask(rng, 224, 16, "block", 0.75) for _ in range(B)]
+        steps["distance maps"] = lambda: ddae.distance_map(ids[:, :49], table)
 
     times, memory = {name: [] for name in steps}, {}
     for run in range(args.runs + 1):  # the first is a warm-up
@@ -88,8 +96,20 @@ def main():
     for name, t in median.items():
         print(f"{name:14} {1e3 * t:10.3f} ms per batch, {B / t:10.4g} images/s, range {1e3 * min(times[name]):.3f} to "
               f"{1e3 * max(times[name]):.3f} ms" + (f", peak memory with all models held {memory[name]:.1f} GiB" if cuda else ""))
-    print(f"masks and distance maps / DDAE step: {(median['block masks'] + median['distance maps']) / median['DDAE']:.3%}")
-    if args.mae:
+    if args.sdae:
+        operations = {}
+        for name, step in steps.items():
+            with FlopCounterMode(display=False) as counter:
+                step()
+            operations[name] = counter.get_total_flops()
+        for name in list(steps)[1:]:
+            ratios = np.array(times[name]) / np.array(times["MAE"]) - 1
+            print(f"{name:12} beside MAE, pair by pair: time {np.median(ratios):+.1%} ({ratios.min():+.1%} to "
+                  f"{ratios.max():+.1%}), operations {operations[name] / operations['MAE'] - 1:+.1%}")
+    else:
+        print(f"masks and distance maps / DDAE step: "
+              f"{(median['block masks'] + median['distance maps']) / median['DDAE']:.3%}")
+    if args.mae and not args.sdae:
         ratios = np.array(times["official MAE"]) / np.array(times["MAE"])
         print(f"official MAE / our MAE, pair by pair: {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})")
 

@@ -139,7 +139,8 @@ def test_teacher_is_the_closed_form_average(every):
         model.after_step(step / 12)
         if every == "step" or step % 3 == 0:
             epoch = (step - 1) // 3
-            m = (0.9 + 0.5 * (0.5 - 0.9) * (1 + math.cos(math.pi * epoch / 4))) ** (300 / 4)
+            m = 0.9 + 0.5 * (0.5 - 0.9) * (1 + math.cos(math.pi * epoch / 4))
+            m = m ** (300 / 4) if every == "epoch" else m
             teacher = {n: m * t + (1 - m) * model.student.get_parameter(n).double() for n, t in teacher.items()}
         for n in names:
             torch.testing.assert_close(model.teacher.get_parameter(n).double(), teacher[n], atol=1e-6, rtol=1e-6)
@@ -185,6 +186,8 @@ def test_monitor_tells_of_collapse():
         for p in (model.teacher.norm.weight,):
             p.zero_()
     collapsed = model(imgs, ids)[1]
+    assert model.warning(healthy) == "" and "collapse: deviation 0, mean cosine of any two 1;" in model.warning(collapsed)
+    assert model.warning(dict(teacher_std=0.2, teacher_cosine=0.96)) and model.warning(dict(teacher_std=0.04, teacher_cosine=0))
     assert collapsed["teacher_cosine"] == pytest.approx(1) and collapsed["teacher_std"] < 1e-6
     assert healthy["teacher_cosine"] < 0.99 and healthy["teacher_std"] > 0.05
 
@@ -215,6 +218,19 @@ def test_trains_and_resumes_bitwise(flags, tmp_path, monkeypatch):
     part = "teacher" if "teacher" in flags else "student"
     assert all(torch.equal(v, model[f"{part}.{k}"]) for k, v in encoder.items())
     assert (tmp_path / "whole" / "preview.png").stat().st_size > 10_000
+
+
+def test_first_lines_and_warning(tmp_path, monkeypatch, capsys):
+    flags = f"--max_steps 2 --preview_every 0 --out_dir {tmp_path}/"
+    main(monkeypatch, flags + "a")
+    out = capsys.readouterr().out
+    assert "keeps 0.002191 of itself per epoch at first, 0.02242 at last ((0.96, 0.99) to the power 300 / 2)" in out
+    assert "warning" not in out
+    main(monkeypatch, flags + "b --ema_every step --momentum 0.9 0.999")
+    assert "keeps 0.9 of itself per step at first, 0.9495 at last\n" in capsys.readouterr().out
+    monkeypatch.setattr(sdae.SdAE, "after_init", lambda self: torch.nn.init.zeros_(self.teacher.norm.weight))
+    main(monkeypatch, flags + "c")
+    assert capsys.readouterr().out.count("warning    the teacher's features collapse: deviation 0, ") == 2
 
 
 @pytest.mark.parametrize("flags, message", [
