@@ -35,13 +35,11 @@ Run:
 Expect: a loss of 1.0 when nothing is known. It falls fast and rises when the teacher moves, so it compares no two runs;
 `teacher_cosine` should stay well below 1: where all features are alike, any loss is 0, and a warning says so.
 """
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -65,9 +63,9 @@ class Config(common.RunConfig):
     cosine_axis: Literal["channel", "token", "global"] = "channel"  # [paper Eq. 4] see above; the code has token
     teacher_init: Literal["copy", "independent"] = "copy"  # [code] the code draws the teacher independently
     momentum: tuple[float, ...] = (0.96, 0.99)  # [supp A.1] of the teacher, from first to last epoch along a cosine
-    ema_every: Literal["epoch", "step"] = "epoch"  # [paper Sec. 4.2] how often; per step the momentum must be near 1, e.g. 0.999
+    ema_every: Literal["epoch", "step"] = "epoch"  # [paper Sec. 4.2] how often; per step take momenta near 1, e.g. 0.999
     export: Literal["student", "teacher"] = "student"  # [paper Fig. 4c] which encoder goes to encoder.pt and kNN
-    decoder_depth: int = 8  # [supp A.4] decoder blocks, 1 to 12
+    decoder_depth: int = 8  # [supp A.4] decoder blocks; the paper tries 1 to 12
     decoder_dim: int = 512  # [code] width of the decoder
     decoder_heads: int = 16  # [code] heads of the decoder
     epochs: int = 300  # [supp A.1] 100, 300 or 800
@@ -352,6 +350,7 @@ class SdAE(nn.Module):
     @torch.no_grad()
     def teach(self, imgs, ids_mask):
         """Teacher's features of the masked patches -> targets (B, G, T, D), and what tells of a collapse, by name."""
+        # Fork here: any (B, G, T, D) that is a function of the masked patches, in their order, can be a target.
         if self.feed == "full":
             tokens = take(self.teacher.norm(self.teacher(imgs)[-1])[:, 1:], ids_mask)
         else:  # each fold is a row of the batch: its tokens attend to no other fold
@@ -393,14 +392,14 @@ class SdAE(nn.Module):
         blank = visible.new_zeros(len(imgs), M, visible.shape[-1])
         fold = torch.arange(M, device=imgs.device) // (self.read // self.folds) + 1
         fold = torch.where(fold > self.folds, 0, fold).expand(len(imgs), -1)  # 0: visible, or left out
-        target = self.teach(imgs, ids_mask)[0].flatten(1, 2)  # (B, read, D)
+        target = normalise_tokens(self.teach(imgs, ids_mask)[0].flatten(1, 2))  # (B, read, D)
         pred = self.decoder(self.student.norm(self.student(imgs, ids_keep)[-1]).unsqueeze(0), ids_shuffle)[0].float()
         pred = normalise_tokens(pred[:, :self.read])
         panels = {"input": imgs, "visible": self.fill(visible, blank, ids_restore),
                   "fold": torch.cat((torch.zeros_like(ids_keep), fold), 1).gather(1, ids_restore).unflatten(1, self.grid)}
         mean, std = (t.view(3) for t in common.mean_std(imgs.device))
         for title, x in (("teacher", target), ("student", pred)):
-            colours = (first_components(x, x.flatten(0, 1) if self.normalise else target.flatten(0, 1)) - mean) / std
+            colours = (first_components(x, target.flatten(0, 1)) - mean) / std
             masked = torch.cat((colours.repeat(1, 1, p * p), blank[:, self.read:]), 1)
             panels[title] = self.fill(visible, masked, ids_restore)
         return panels

@@ -7,7 +7,6 @@ The speed figures of the README, all alternated in one run so that a machine's d
     python tests/bench.py --device cuda --batch 256 [--compile]      bf16 steps with peak memory
 """
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
