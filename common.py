@@ -1,15 +1,17 @@
 """
-What any image pretraining needs and no paper is about: command line, processes, data, schedule, optimiser, checkpoints,
+What any image training needs and no paper is about: command line, processes, data, schedule, optimiser, checkpoints,
 log, pictures, kNN accuracy, and the one training loop. Nothing here knows of masks, teachers or decoders.
 
-A method file brings three things:
+A method file brings:
     draw(rng) -> int array                     what is random about one sample besides its crop; runs in the data worker
     model(imgs, drawn) -> loss, metrics        imgs (B, 3, H, W) normalised, drawn (B, ...) the stacked draws
+and, where it has use for them:
     model.after_step(progress)                 after each optimiser step; progress in (0, 1] of the whole training
     model.after_init()                         after --init has loaded weights into model.encoder
-    model.warning(line) -> text                may be there: what a line of the log warns of, or ""
+    model.warning(line) -> text                what a line of the log warns of, or ""
     model.preview(imgs, drawn) -> panels       title -> (B, 3, H, W) or (B, h, w), for preview.png
     model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
+finetune.py and transfer/ bring their own samples, optimiser, schedule and evaluation as well; see `train`.
 
 Randomness by key. Sample `index` of `epoch` gets its crop, flip and draw from (seed, epoch, index); the order of an
 epoch comes from (seed, epoch); anything random inside the model from (seed, step, rank, micro-step). So masks and crops
@@ -59,7 +61,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # such a file co
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Flags that concern the machine and the run, not the method; a method's Config adds its recipe."""
+    """Flags that concern the machine and the run, not the method; the Config of each script adds its recipe."""
     data: str = "shapes"  # [ours] image folder (with train/ and val/ or not), a data set's name (`--data list`), or shapes
     data_root: str = "data"  # [ours] where named data sets lie, or are downloaded to
     out_dir: str = "out"  # [ours] checkpoints, log and pictures; a run found there is continued
@@ -76,23 +78,33 @@ class RunConfig:
     log_every: int = 20  # [ours] steps between lines of the log
     save_every: float = 1.0  # [ours] epochs between checkpoints; fractions are fine here and below
     preview_every: float = 1.0  # [ours] epochs between pictures; 0: only at the end
-    knn_every: float = 0.0  # [ours] epochs between kNN accuracies of the encoder, needs labels and val/; 0: never
-    knn_images: int = 10000  # [ours] images from train/ that kNN compares with, and a fifth as many from val/ to classify
-    val_every: float = 0.0  # [ours] epochs between losses on images from val/, always the same crops and masks; 0: never
-    val_images: int = 1000  # [ours] how many of them
     max_bad: float = 0.01  # [ours] the share of unreadable images above which a run stops
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
             check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
-        above(0, self, "img_size patch_size epochs batch_size base_lr log_every save_every knn_images "
-              "val_images")
-        for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "knn_every", "val_every", "max_bad",
-                     "warmup_epochs", "weight_decay", "min_lr", "seed"):
+        above(0, self, "img_size epochs batch_size base_lr log_every save_every")
+        for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "max_bad", "warmup_epochs", "weight_decay",
+                     "min_lr", "seed"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(self.warmup_epochs < self.epochs,
               f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """RunConfig and what else pretraining has, whatever the method."""
+    knn_every: float = 0.0  # [ours] epochs between kNN accuracies of the encoder, needs labels and val/; 0: never
+    knn_images: int = 10000  # [ours] images from train/ that kNN compares with, and a fifth as many from val/ to classify
+    val_every: float = 0.0  # [ours] epochs between losses on images from val/, always the same crops and masks; 0: never
+    val_images: int = 1000  # [ours] how many of them
+
+    def __post_init__(self):
+        super().__post_init__()
+        above(0, self, "patch_size knn_images val_images")
+        for name in ("knn_every", "val_every"):
+            check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(all(0 <= b < 1 for b in self.adam_betas), f"--adam_betas must be in [0, 1), got {self.adam_betas}")
         check(0 < self.crop_min <= 1, f"--crop_min must be in (0, 1], got {self.crop_min}")
         down = self.img_size // self.patch_size * self.patch_size
@@ -380,8 +392,9 @@ def open_data(cfg, split):
         return Named(cfg.data, cfg.data_root, split)
     root = Path(cfg.data)
     if split == "val" and not (root / "val").is_dir():
-        fail(f"{'--knn_every' if cfg.knn_every else '--val_every'} needs {root.absolute() / 'val'}; leave it out, or make "
-             "that folder" + ", with a folder per class" * bool(cfg.knn_every))
+        need = "--knn_every" if getattr(cfg, "knn_every", 0) else "--val_every" if hasattr(cfg, "val_every") else "evaluation"
+        fail(f"{need} needs {root.absolute() / 'val'}; {'leave it out, or ' * hasattr(cfg, 'val_every')}make that folder"
+             + ", with a folder per class" * (need != "--val_every"))
     return Folder(root / split if (root / split).is_dir() else root)
 
 
@@ -426,9 +439,14 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """List of samples -> images (B, 3, S, S) uint8, draws (B, ...), keys, unreadable files."""
+    """List of samples -> images (B, 3, S, S) uint8, draws (B, ...), keys, unreadable files.
+
+    Where a draw is a dict (boxes, say), images of any size and draws stay lists.
+    """
     imgs, drawn, keys, bad = zip(*samples)
-    return torch.stack(imgs), torch.from_numpy(np.stack(drawn)), keys, sum(bad, [])
+    if not isinstance(drawn[0], dict):
+        imgs, drawn = torch.stack(imgs), torch.from_numpy(np.stack(drawn))
+    return imgs, drawn, keys, sum(bad, [])
 
 
 def own_group(worker):
@@ -469,8 +487,17 @@ def mean_std(device):
     return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
 
 
+def to_device(drawn, device):
+    """Tensors, or a list of dicts of them -> the same on the device."""
+    if torch.is_tensor(drawn):
+        return drawn.to(device, non_blocking=True)
+    return [{k: v.to(device, non_blocking=True) for k, v in d.items()} for d in drawn]
+
+
 def normalise(imgs, device):
-    """uint8 (B, 3, H, W) -> float on the device, with ImageNet's mean and deviation."""
+    """uint8 (B, 3, H, W), or a list of (3, H, W) -> float on the device, with ImageNet's mean and deviation."""
+    if not torch.is_tensor(imgs):
+        return [normalise(img, device) for img in imgs]
     mean, std = mean_std(device)
     return (imgs.to(device, non_blocking=True).float() / 255 - mean) / std
 
@@ -494,6 +521,28 @@ def make_optimizer(model, cfg):
             (keep if p.ndim <= 1 or name.endswith(("cls_token", "pos_embed")) else decay).append(p)
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=keep, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
+
+
+def layer_groups(model, prefix, depth, layer_decay, weight_decay, skip=("cls_token", "pos_embed")):
+    """Parameter groups for layer-wise decay: lr_scale = layer_decay ** (depth + 1 - id).
+
+    In the ViT whose names begin with `prefix`, id is 0 for embeddings and i + 1 for block i; it is depth + 1 for all else.
+    No weight decay on vectors and on names ending in one of `skip`. Frozen parameters are left out.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        inner, layer = name.removeprefix(prefix), depth + 1
+        if name.startswith(prefix) and inner.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        elif name.startswith(prefix) and inner.startswith("blocks."):
+            layer = int(inner.split(".")[1]) + 1
+        decay = 0.0 if p.ndim <= 1 or name.endswith(tuple(skip)) else weight_decay
+        group = groups.setdefault((layer, decay), dict(
+            params=[], weight_decay=decay, lr_scale=layer_decay ** (depth + 1 - layer)))
+        group["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -533,16 +582,48 @@ def load(path):
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())[:100]})") from None
 
 
+def read_weights(path):
+    """Tensors by name from encoder.pt, or a ViT state dict of MAE or timm, bare or under "model"; raises ValueError."""
+    weights = load(path)
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    check(isinstance(weights, dict), f"{path} has no state dict under 'model'")
+    return {k.removeprefix("encoder."): v for k, v in weights.items()}
+
+
+def vit_sizes(weights, path):
+    """Sizes of the ViT that such weights are of -> img_size, patch_size, embed_dim, depth, num_heads by name.
+
+    Heads leave no trace in the weights: encoder.pt says how many, otherwise they are 64 wide as in every ViT of timm.
+    Raises ValueError where they are no ViT's.
+    """
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("cls_token", 3)):
+        check(getattr(weights.get(name), "ndim", 0) == ndim, f"{path} holds no ViT: {name} is missing or of another form")
+    D, _, p, _ = weights["patch_embed.proj.weight"].shape
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    check(side ** 2 == weights["pos_embed"].shape[1] - 1, f"{path} has a pos_embed of {side ** 2} patches, no square")
+    config = load(path).get("config") or {}
+    heads = config.get("num_heads", max(1, D // 64))
+    check(D % heads == 0, f"{path}: width {D} is not divisible by {heads} heads")
+    depth = len({k.split(".")[1] for k in weights if re.match(r"blocks\.\d+\.", k)})
+    return dict(img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
+
+
+def resize_pos_embed(table, grid):
+    """Position table (1, 1 + n*n, D) for a (h, w) grid: bicubic on the patch rows, [CLS]'s row kept -> (1, 1 + h*w, D)."""
+    side = math.isqrt(table.shape[1] - 1)
+    if (side, side) == tuple(grid):
+        return table
+    rows = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
+    rows = F.interpolate(rows, grid, mode="bicubic", align_corners=False)
+    return torch.cat((table[:, :1], rows.flatten(2).transpose(1, 2).to(table)), 1)
+
+
 def load_encoder(encoder, path):
     """Load `encoder` from encoder.pt, or a ViT state dict of MAE or timm, bare or under "model"; decoders are left out.
 
     Raises ValueError naming what is missing or of another shape.
     """
-    weights = load(path)
-    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
-    check(isinstance(weights, dict), f"{path} has no state dict under 'model'")
-    weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
-    own = encoder.state_dict()
+    weights, own = read_weights(path), encoder.state_dict()
     load_weights(encoder, weights, path)
     say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
 
@@ -759,7 +840,7 @@ def setup(cfg):
         if LOCAL_WORLD > torch.cuda.device_count():
             fail(f"{LOCAL_WORLD} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(hours=1)))
         except ValueError as error:
@@ -773,18 +854,43 @@ def setup(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def train(cfg, model, draw):
-    """Train `model` as `cfg` says; the contract with the model stands at the top of this file."""
-    device, autocast = setup(cfg)
-    method, out_dir = type(model).__name__.lower(), Path(cfg.out_dir)
-    source = open_data(cfg, "train")
-    val_source = open_data(cfg, "val") if cfg.knn_every or cfg.val_every else None
+def pretraining_figures(cfg, source, draw):
+    """kNN accuracy and validation loss as an `evaluate` for `train`, or None where none is asked for."""
+    if not cfg.knn_every and not cfg.val_every:
+        return None
+    val_source = open_data(cfg, "val")
     if cfg.knn_every:
         if source.labels is None or val_source.labels is None:
             fail(f"--knn_every needs labels and --data {cfg.data} has none; leave it out")
         if list(source.classes) != list(val_source.classes):
             fail(f"train/ and val/ of --data {cfg.data} have different classes; make them the same, "
                  "or leave out --knn_every")
+
+    def evaluate(model, device, autocast, due):
+        found = {}
+        if due(cfg.knn_every):
+            found["knn"] = knn_accuracy(model.encoder, cfg, device, autocast, (source, val_source))
+        if due(cfg.val_every):
+            found |= validation_loss(model, cfg, device, autocast, val_source, draw)
+        return found
+    return evaluate
+
+
+def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedule=learning_rate, evaluate=None):
+    """Train `model` as `cfg` says; the contract with the model stands at the top of this file.
+
+    samples: a data set as `Samples`, with its `source`; none: random crops of --data and what `draw` gives.
+    optimizer(model, cfg): a group may have an "lr_scale".  schedule(step, steps_per_epoch, cfg) -> learning rate.
+    evaluate(model, device, autocast, due) -> figures by name, on all processes; due(epochs) tells whether their time has
+    come. The model of the highest first figure is kept in best.pt. None: kNN and validation loss, which keep none.
+    """
+    device, autocast = setup(cfg)
+    method, out_dir = type(model).__name__.lower(), Path(cfg.out_dir)
+    pretraining = evaluate is None
+    samples = samples or Samples(open_data(cfg, "train"), cfg, draw)
+    source = samples.source
+    evaluate = evaluate or pretraining_figures(cfg, source, draw)
+    has_encoder = hasattr(model, "encoder")
 
     micro = cfg.micro_batch or cfg.batch_size // WORLD
     if not micro or cfg.batch_size % (micro * WORLD):
@@ -808,9 +914,10 @@ def train(cfg, model, draw):
     try:
         if state:
             model.load_state_dict(state["model"])
-        elif cfg.init:
+        elif cfg.init and has_encoder:
             load_encoder(model.encoder, cfg.init)
-            model.after_init()
+            if hasattr(model, "after_init"):
+                model.after_init()
         out_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
     except ValueError as error:
@@ -818,9 +925,10 @@ def train(cfg, model, draw):
     except OSError as error:
         fail(f"--out_dir {out_dir.absolute()} is not writable: {error.strerror}")
     model.to(device)
-    optimizer = make_optimizer(model, cfg)
+    optimizer = optimizer(model, cfg)
     if state:
         optimizer.load_state_dict(state["optimizer"])
+    best = state.get("best", -math.inf) if state else -math.inf
     del state
     if cfg.compile:
         model.compile()
@@ -834,8 +942,8 @@ def train(cfg, model, draw):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     peak = cfg.base_lr * cfg.batch_size / 256
     say(f"data       {cfg.data}: {len(source):,} images, crops of {cfg.img_size} px")
-    say(f"model      {method}, {trainable:,} trainable parameters, encoder "
-        f"{sum(p.numel() for p in model.encoder.parameters() if p.requires_grad):,}")
+    say(f"model      {method}, {trainable:,} trainable parameters" + (
+        f", encoder {sum(p.numel() for p in model.encoder.parameters() if p.requires_grad):,}" if has_encoder else ""))
     say(f"batch      {cfg.batch_size} = {WORLD} processes x {accumulate} micro-steps x {micro}; "
         f"lr {peak:.4g} = {cfg.base_lr:g} x {cfg.batch_size} / 256")
     say(f"steps      {total:,} = {cfg.epochs} epochs x {steps_per_epoch:,}" + (f", until {stop:,}" if stop < total else "")
@@ -856,7 +964,6 @@ def train(cfg, model, draw):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
-    samples = Samples(source, cfg, draw)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, cores // LOCAL_WORLD))
     loader = iter(torch.utils.data.DataLoader(
@@ -880,13 +987,20 @@ def train(cfg, model, draw):
         say("  ".join([f"step {step:6d}", f"epoch {line['epoch']:6.2f}", *(f"{k} {v:.4g}" for k, v in shown.items())]))
 
     def measure(now):
-        found = {}
+        """Figures whose time has come; the best model so far is saved."""
+        nonlocal best
         model.eval()
-        if cfg.knn_every and (now or due(cfg.knn_every)):
-            found["knn"] = knn_accuracy(model.encoder, cfg, device, autocast, (source, val_source))
-        if cfg.val_every and (now or due(cfg.val_every)):
-            found |= validation_loss(model, cfg, device, autocast, val_source, draw)
+        found = evaluate(model, device, autocast, lambda epochs: epochs and (now or due(epochs)))
         model.train()
+        score = next(iter(found.values())) if found and not pretraining else -math.inf
+        if score > best:
+            best = score
+            if RANK == 0:
+                try:
+                    save(dict(model=model.state_dict(), config=dict(plain(cfg), method=method), step=step, figures=found),
+                         out_dir / "best.pt")
+                except OSError as error:
+                    say(f"warning    {error}")
         return found
 
     def known_unreadable():
@@ -898,12 +1012,13 @@ def train(cfg, model, draw):
         known = known_unreadable()
         if RANK:
             return True
-        sizes = {k: getattr(cfg, k) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
         try:
             os.fsync(log.file.fileno())
-            save(dict(model=model.encoder.state_dict(), config=dict(
-                sizes, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
-            save(dict(step=step, config=dict(plain(cfg), method=method, num_images=len(source)), unreadable=known,
+            if has_encoder:
+                sizes = {k: getattr(cfg, k) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+                save(dict(model=model.encoder.state_dict(), config=dict(
+                    sizes, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
+            save(dict(step=step, best=best, config=dict(plain(cfg), method=method, num_images=len(source)), unreadable=known,
                       model=model.state_dict(), optimizer=optimizer.state_dict()), last, keep_previous)
             keep_previous = True
         except OSError as error:
@@ -913,26 +1028,29 @@ def train(cfg, model, draw):
 
     def pictures():
         if RANK == 0:
-            imgs, drawn, *_ = collate([samples[0, i] for i in range(min(6, len(source)))])
-            model.eval()
-            with autocast:
-                panels = model.preview(normalise(imgs, device), drawn.to(device))
-            model.train()
+            panels = None
+            if hasattr(model, "preview"):
+                imgs, drawn, *_ = collate([samples[0, i] for i in range(min(6, len(source)))])
+                model.eval()
+                with autocast:
+                    panels = model.preview(normalise(imgs, device), to_device(drawn, device))
+                model.train()
             try:
-                save_preview(panels, out_dir / "preview.png")
+                if panels:
+                    save_preview(panels, out_dir / "preview.png")
                 save_curves(log.lines, out_dir / "curves.png")
             except OSError as error:
                 say(f"warning    cannot save pictures in {out_dir.absolute()}: {error.strerror}")
 
-    if val_source and not resumed:
+    if evaluate and pretraining and not resumed:
         report(measure(True))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK != 0 or not sys.stderr.isatty())
     last_time, last_step, waited = time.perf_counter(), step, 0.0
     while step < stop:
-        lr = learning_rate(step, steps_per_epoch, cfg)
+        lr = schedule(step, steps_per_epoch, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1)
         totals, all_keys = {}, []
         for i in range(accumulate):
             start = time.perf_counter()
@@ -953,7 +1071,7 @@ def train(cfg, model, draw):
             try:
                 with quiet:
                     with autocast:
-                        loss, metrics = ddp(normalise(imgs, device), drawn.to(device, non_blocking=True))
+                        loss, metrics = ddp(normalise(imgs, device), to_device(drawn, device))
                     (loss / accumulate).backward()
             except torch.OutOfMemoryError:
                 fail(f"out of GPU memory with {micro} images per process at a time; use --micro_batch {max(1, micro // 2)}",
@@ -984,7 +1102,8 @@ def train(cfg, model, draw):
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        model.after_step(step / total)
+        if hasattr(model, "after_step"):
+            model.after_step(step / total)
         with contextlib.suppress(OSError):
             bar.update(cfg.batch_size)
 
@@ -1003,7 +1122,7 @@ def train(cfg, model, draw):
                 fail(f"{len(all_bad)} of {len(source)} images are unreadable, more than --max_bad {cfg.max_bad:g}: "
                      + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
         pause = time.perf_counter()
-        if val_source and not stop_now:
+        if evaluate and not stop_now:
             line |= measure(end)
         if line:
             report(line)

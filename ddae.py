@@ -57,7 +57,7 @@ Supervision = Literal["none", "plain", "d", "ds", "dds"]
 
 
 @dataclass(frozen=True)
-class Config(common.RunConfig):
+class Config(common.PretrainConfig):
     img_size: int = 224  # [AAAI Implementation] side of the square crop, pixels
     patch_size: int = 16  # [AAAI Implementation] side of a patch, pixels
     embed_dim: int = 768  # [AAAI Implementation] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024

@@ -47,7 +47,7 @@ import targets
 
 
 @dataclass(frozen=True)
-class Config(common.RunConfig):
+class Config(common.PretrainConfig):
     img_size: int = 224  # [paper Sec. 5] side of the square crop, pixels
     patch_size: int = 16  # [paper Sec. 5] side of a patch, pixels
     embed_dim: int = 768  # [paper Sec. 5] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024
@@ -483,9 +483,6 @@ class DeepMIM(nn.Module):
         if self.target in ("dino", "clip"):
             return (2 - 2 * F.cosine_similarity(pred.float(), target.float(), dim=-1)).mean((1, 2))
         return (pred - target).square().mean((1, 2, 3))
-
-    def after_init(self):
-        """Nothing here is a copy of the encoder."""
 
     @torch.no_grad()
     def after_step(self, progress):

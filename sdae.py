@@ -48,7 +48,7 @@ import common
 
 
 @dataclass(frozen=True)
-class Config(common.RunConfig):
+class Config(common.PretrainConfig):
     img_size: int = 224  # [supp A.1] side of the square crop, pixels
     patch_size: int = 16  # [supp A.1] side of a patch, pixels
     embed_dim: int = 768  # [supp A.1] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024

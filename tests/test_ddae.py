@@ -434,7 +434,7 @@ def test_every_equation_of_the_docstring_is_in_the_body_and_back():
 
 def test_every_flag_is_read_and_explained():
     text = inspect.getsource(ddae) + inspect.getsource(common)
-    for cls in (common.RunConfig, ddae.Config):
+    for cls in (common.RunConfig, common.PretrainConfig, ddae.Config):
         source = inspect.getsource(cls)
         for name in cls.__annotations__:
             assert re.search(rf"^    {name}: .*  # \[(AAAI|ICLR|code|ours)", source, re.M), name
