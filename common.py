@@ -84,7 +84,7 @@ class RunConfig:
         for f in dataclasses.fields(self):
             values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
             check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
-        above(0, self, "img_size epochs batch_size base_lr log_every save_every")
+        above(0, self, "epochs batch_size base_lr log_every save_every")
         for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "max_bad", "warmup_epochs", "weight_decay",
                      "min_lr", "seed"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
@@ -102,7 +102,7 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        above(0, self, "patch_size knn_images val_images")
+        above(0, self, "img_size patch_size knn_images val_images")
         for name in ("knn_every", "val_every"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(all(0 <= b < 1 for b in self.adam_betas), f"--adam_betas must be in [0, 1), got {self.adam_betas}")
@@ -170,14 +170,18 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)".replace("argument --", "--"))
 
 
-def parse(Config, presets, doc="", argv=None):
-    """Command line -> frozen Config: one field, one flag, the field's comment its help; `--preset` replaces defaults."""
+def parse(Config, presets, doc="", argv=None, flag="preset", default=lambda given: None):
+    """Command line -> frozen Config: one field, one flag, the field's comment its help; `--preset` replaces defaults.
+
+    flag: another name for --preset.  default(given flags) -> the preset where none is given.
+    """
     helps = {}
     for cls in reversed(Config.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
     parser = Parser(allow_abbrev=False, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=presets, help="[ours] sizes and starting points: " + "; ".join(
-        f"{k}: {' '.join(f'{f}={v}' for f, v in p.items()) or 'the defaults'}" for k, p in presets.items()))
+    if presets:
+        parser.add_argument(f"--{flag}", choices=presets, help="[ours] sizes and starting points: " + "; ".join(
+            f"{k}: {' '.join(f'{f}={v}' for f, v in p.items()) or 'the defaults'}" for k, p in presets.items()))
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         kind, how = hints[f.name], {}
@@ -192,7 +196,7 @@ def parse(Config, presets, doc="", argv=None):
         text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
-    given = (presets.get(given.pop("preset", None)) or {}) | given
+    given = presets.get(given.pop(flag, None) or default(given), {}) | given
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     except ValueError as error:
@@ -230,8 +234,9 @@ class Folder:
         # One array of bytes: a list of a million strings would be copied into every worker, reference by reference.
         self.files = np.array(sorted(os.fsencode(f) for f in files))
         tops = [f.split(b"/")[0] if b"/" in f else b"" for f in self.files]
-        self.classes = sorted(set(tops)) if b"" not in tops else []
-        self.labels = np.searchsorted(self.classes, tops) if self.classes else None
+        classes = sorted(set(tops)) if b"" not in tops else []
+        self.classes = [os.fsdecode(c) for c in classes]
+        self.labels = np.searchsorted(classes, tops) if classes else None
 
     def __len__(self):
         return len(self.files)
@@ -426,16 +431,19 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key):
         rng = np.random.default_rng((self.seed, *key))
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # torchvision's crop and flip
-        drawn = self.draw(rng)
+        drawn = self.draw(rng) if self.draw else None
         index, bad = key[1], []
         for _ in range(20):
             try:
-                image = v2.functional.pil_to_tensor(self.source.image(index))
-                return self.crop(image), drawn, key, bad
+                return *self.sample(index, drawn), key, bad
             except Exception as error:  # broken files raise nearly anything; each is reported and counted
                 bad.append((self.source.name(index), f"{type(error).__name__}: {error}"))
                 index = int(rng.integers(len(self.source)))
         raise Unreadable(f"20 unreadable images in a row, the last {bad[-1][0]}: {bad[-1][1]}")
+
+    def sample(self, index, drawn):
+        """Image `index` and what goes with it; any exception says that the file is broken."""
+        return self.crop(v2.functional.pil_to_tensor(self.source.image(index))), drawn
 
 
 def collate(samples):
@@ -447,6 +455,12 @@ def collate(samples):
     if not isinstance(drawn[0], dict):
         imgs, drawn = torch.stack(imgs), torch.from_numpy(np.stack(drawn))
     return imgs, drawn, keys, sum(bad, [])
+
+
+def num_workers(cfg):
+    """Data workers per process: --num_workers, or a share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, cores // LOCAL_WORLD))
 
 
 def own_group(worker):
@@ -641,7 +655,7 @@ def load_weights(module, weights, path):
 
 MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "precision", "compile", "micro_batch",
               "num_workers", "clip_grad", "max_steps", "log_every", "save_every", "preview_every", "knn_every",
-              "knn_images", "val_every", "val_images", "max_bad"}
+              "knn_images", "val_every", "val_images", "max_bad", "eval_every", "eval_batch", "confusion"}
 
 
 def resume(cfg, method, num_images):
@@ -713,13 +727,13 @@ def validation_loss(model, cfg, device, autocast, source, draw):
 
 
 @torch.no_grad()
-def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07):
+def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07, limits=None):
     """Weighted nearest-neighbour accuracy of mean patch features, as DINO evaluates -> percent.
 
-    sources: train and val images with labels; each process embeds its share of a fixed subset.
+    sources: train and val images with labels, of which `limits` are taken, a fixed choice; each process embeds its share.
     """
     crop, features, labels = centre_crop(cfg), [], []
-    for source, limit in zip(sources, (cfg.knn_images, max(1, cfg.knn_images // 5))):
+    for source, limit in zip(sources, limits or (cfg.knn_images, max(1, cfg.knn_images // 5))):
         chosen = np.random.default_rng(0).permutation(len(source))[:limit]
         mine, found = chosen[RANK::WORLD], []
         for part in np.array_split(mine, max(1, len(mine) // 100)):
@@ -964,10 +978,8 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cfg.num_workers if cfg.num_workers >= 0 else min(10, max(1, cores // LOCAL_WORLD))
     loader = iter(torch.utils.data.DataLoader(
-        samples, batch_sampler=Batches(len(source), cfg, step, stop), num_workers=workers, collate_fn=collate,
+        samples, batch_sampler=Batches(len(source), cfg, step, stop), num_workers=num_workers(cfg), collate_fn=collate,
         worker_init_fn=own_group, pin_memory=device.type == "cuda"))
     if RANK == 0:
         file = lock(out_dir / "log.jsonl")
@@ -997,8 +1009,8 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
             best = score
             if RANK == 0:
                 try:
-                    save(dict(model=model.state_dict(), config=dict(plain(cfg), method=method), step=step, figures=found),
-                         out_dir / "best.pt")
+                    save(dict(model=model.state_dict(), config=dict(plain(cfg), method=method), step=step, figures=found,
+                              classes=[str(c) for c in getattr(source, "classes", [])]), out_dir / "best.pt")
                 except OSError as error:
                     say(f"warning    {error}")
         return found

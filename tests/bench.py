@@ -63,7 +63,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
             if hasattr(model, "after_step"):
-                model.after_step(0.0)
+                model.after_step(1e-4)  # within an epoch
         return step
 
     mae = stepper(ddae.DDAE(pixel="plain", feature="none", decoder_depth=8), lambda model: model(imgs, ids)[0])
