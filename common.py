@@ -1050,7 +1050,8 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
             try:
                 if panels:
                     save_preview(panels, out_dir / "preview.png")
-                save_curves(log.lines, out_dir / "curves.png")
+                if log.lines:
+                    save_curves(log.lines, out_dir / "curves.png")
             except OSError as error:
                 say(f"warning    cannot save pictures in {out_dir.absolute()}: {error.strerror}")
 

@@ -111,7 +111,7 @@ class Config(common.RunConfig):
 LINEAR = dict(mode="linear", epochs=90, warmup_epochs=10, batch_size=16384, base_lr=0.1, min_lr=0.0, weight_decay=0.0,
               layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0)
 SMALL_IMAGES = dict(batch_size=64, rand_augment=0, erase=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, crop_pct=1.0,
-                    crop_min=0.4, warmup_epochs=0.5, eval_every=1)
+                    crop_min=0.4, warmup_epochs=0.2, eval_every=1)
 RECIPES = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
@@ -127,10 +127,10 @@ RECIPES = {
                     layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0),  # MAE's appendix A.2
     "linear": LINEAR,
     "linear_boot": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=10),  # BootMAE's script, ViT-B
-    "quick": SMALL_IMAGES | dict(epochs=2, base_lr=4e-3, layer_decay=0.75, out_dir="out/quick_finetune"),
-    "quick_scratch": SMALL_IMAGES | dict(mode="scratch", epochs=2, base_lr=4e-3, layer_decay=1.0, patch_size=4, img_size=32,
+    "quick": SMALL_IMAGES | dict(epochs=1, base_lr=4e-3, layer_decay=0.9, out_dir="out/quick_finetune"),
+    "quick_scratch": SMALL_IMAGES | dict(mode="scratch", epochs=1, base_lr=4e-3, layer_decay=1.0, patch_size=4, img_size=32,
                                          embed_dim=96, depth=4, num_heads=3, out_dir="out/quick_scratch"),
-    "quick_linear": LINEAR | dict(epochs=2, warmup_epochs=0.2, batch_size=256, base_lr=1.0, crop_pct=1.0, crop_min=0.4,
+    "quick_linear": LINEAR | dict(epochs=2, warmup_epochs=0.2, batch_size=256, base_lr=20.0, crop_pct=1.0, crop_min=0.4,
                                   pool="mean", out_dir="out/quick_linear"),
 }
 
@@ -141,7 +141,7 @@ def open_labelled(cfg):
     """Train and val images of --data with the same classes; ends the program with one line where they are not so."""
     sources = [common.open_data(cfg, split) for split in ("train", "val")]
     for source in sources:
-        if not source.labels:
+        if source.labels is None:
             common.fail(f"--data {cfg.data} has no labels; it needs train/ and val/, each with a folder per class")
         if isinstance(source, common.Folder):
             empty = sorted({p.name for p in source.root.iterdir() if p.is_dir() and p.name[0] != "."} - set(source.classes))

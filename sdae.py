@@ -104,8 +104,8 @@ PRESETS = {
     "base": dict(),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64, decoder_heads=2,
-                  decoder_depth=1, drop_path=0.0, epochs=4, warmup_epochs=0.5, batch_size=32, base_lr=6e-3, knn_every=1,
-                  knn_images=5000, out_dir="out/quick_sdae"),
+                  decoder_depth=1, drop_path=0.0, epochs=4, warmup_epochs=0.5, batch_size=32, base_lr=6e-3, knn_every=2,
+                  knn_images=2500, out_dir="out/quick_sdae"),
 }
 
 

@@ -15,7 +15,9 @@ from PIL import Image
 import common
 import ddae
 import deepmim
+import finetune
 import sdae
+from transfer import robustness, segment
 
 ROOT = Path(__file__).parent.parent
 TINY = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
@@ -353,7 +355,10 @@ def test_two_processes_that_do_not_divide_the_batch(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("module", [ddae, deepmim, sdae])
+SCRIPTS = [ddae, deepmim, sdae, finetune, robustness, segment]
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
 def test_help_explains_every_flag(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -361,16 +366,16 @@ def test_help_explains_every_flag(module, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for name in module.Config.__dataclass_fields__:
-        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|supp|code|ours)", text, re.S), name
+        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|supp|code|ours|MAE|BootMAE|DeepMIM|SdAE)", text, re.S), name
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def test_readme_names_files_and_flags_that_exist():
     text = (ROOT / "README.md").read_text()
-    for module in (ddae, deepmim, sdae):
-        for command in re.findall(rf"{module.__name__}\.py([^\n`|]*)", text):
+    for module in SCRIPTS:
+        for command in re.findall(rf"(?:{module.__name__}\.py|-m {module.__name__}) ([^\n`|]*)", text):
             for flag in re.findall(r"--([a-zA-Z_]+)", command):
-                assert flag.removeprefix("no-") in {*module.Config.__dataclass_fields__, "preset", "help"}, flag
+                assert flag.removeprefix("no-") in {*module.Config.__dataclass_fields__, "preset", "recipe", "help"}, flag
     for name in re.findall(r"\]\(([\w./]+)\)", text):
         assert (ROOT / name).exists(), name

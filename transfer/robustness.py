@@ -103,6 +103,8 @@ def main():
             common.check(not path or Path(path).is_dir(), f"--{flag} {Path(path).absolute()} is not a folder")
         names = class_names(cfg)
         cfg_model, weights, _ = finetune.sized(finetune.Config(init=cfg.init, eval=True))
+        outputs = len(weights.get("head.weight", names))
+        common.check(outputs == len(names), f"{cfg.init} has a head for {outputs} classes, --classes names {len(names)}")
         device, autocast = common.setup(cfg)
         model = finetune.build(cfg_model, weights, len(names)).to(device).eval()
         size, context = (cfg_model.img_size,) * 2, (cfg, device, autocast)
