@@ -10,7 +10,8 @@ and, where it has use for them:
     model.after_init()                         after --init has loaded weights into model.encoder
     model.warning(line) -> text                what a line of the log warns of, or ""
     model.preview(imgs, drawn) -> panels       title -> (B, 3, H, W) or (B, h, w), for preview.png
-    model.encoder                              what encoder.pt holds and kNN measures; encoder(imgs) lists block outputs
+    model.encoder                              what --init loads, encoder.pt holds and kNN measures; lists its blocks' outputs
+    model.exported                             another encoder for encoder.pt and kNN
 finetune.py and transfer/ bring their own samples, optimiser, schedule and evaluation as well; see `train`.
 
 Randomness by key. Sample `index` of `epoch` gets its crop, flip and draw from (seed, epoch, index); the order of an
@@ -883,7 +884,7 @@ def pretraining_figures(cfg, source, draw):
     def evaluate(model, device, autocast, due):
         found = {}
         if due(cfg.knn_every):
-            found["knn"] = knn_accuracy(model.encoder, cfg, device, autocast, (source, val_source))
+            found["knn"] = knn_accuracy(getattr(model, "exported", model.encoder), cfg, device, autocast, (source, val_source))
         if due(cfg.val_every):
             found |= validation_loss(model, cfg, device, autocast, val_source, draw)
         return found
@@ -1028,7 +1029,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
             os.fsync(log.file.fileno())
             if has_encoder:
                 sizes = {k: getattr(cfg, k) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-                save(dict(model=model.encoder.state_dict(), config=dict(
+                save(dict(model=getattr(model, "exported", model.encoder).state_dict(), config=dict(
                     sizes, method=method, mean=list(MEAN), std=list(STD))), out_dir / "encoder.pt")
             save(dict(step=step, best=best, config=dict(plain(cfg), method=method, num_images=len(source)), unreadable=known,
                       model=model.state_dict(), optimizer=optimizer.state_dict()), last, keep_previous)

@@ -320,10 +320,11 @@ def normalise_patches(patches):
 
 def first_components(features, fit):
     """Principal components of vectors (..., C) as colours (..., 3) in [0, 1]; axes and range come from `fit` (n, C)."""
+    features, fit = features.double(), fit.double()  # autocast leaves double alone, and quantile takes no bf16
     mean = fit.mean(0)
     axes = torch.linalg.svd(fit - mean, full_matrices=False)[2][:3].T  # (C, 3)
-    low, high = torch.quantile((fit - mean) @ axes, torch.tensor([0.02, 0.98], device=fit.device), dim=0)
-    return (((features - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1)
+    low, high = torch.quantile((fit - mean) @ axes, torch.tensor([0.02, 0.98]).to(fit), dim=0)
+    return (((features - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1).float()
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ reads the masked patches only, in folds as small as what the student sees.
 
 One training step, `SdAE.forward`:
     ids_keep, ids_mask = ids_shuffle                                  # random
-    pred   = decoder(student(visible patches))                        # Eq. 1
-    folds  = ids_mask cut into 3 pieces of 49                         # Sec. 3.4
+    pred   = decoder(encoder(visible patches))                        # the student
+    folds  = ids_mask cut into 3 pieces of 49                         # Sec. 2.2
     target = normalise(teacher(each fold by itself))                  # Eq. 3, each token to mean 0, variance 1
     loss   = 1 - cosine(target, pred)                                 # Eq. 4
     optimiser step; at the end of an epoch teacher = m * teacher + (1 - m) * student     # Eq. 7, `after_step`
@@ -17,21 +17,26 @@ One training step, `SdAE.forward`:
 Shapes: B images, N patches = V visible + M masked, D width, G folds of T patches.
 
 Over which axis the cosine runs is unsettled. The text says feature similarity: per token over its channels, the default
-here. The released code takes, by a default argument, each channel over the tokens of a fold (`--cosine_axis token`).
-Eq. 4 as printed sums over tokens as well: one cosine of everything in an image (`--cosine_axis global`).
+here. The released code takes, by a default argument, each channel over the tokens of a fold (`--cosine_axis token`), but
+channels where the teacher reads the full image, so the paper's Table 5 changes two things at once. Eq. 4 as printed sums
+over tokens as well: one cosine of everything in an image (`--cosine_axis global`). Per token, Eq. 3's division by the
+deviation has no effect, since a cosine knows no scale; its subtraction of the mean has.
 
-Differs from, or is not said in, the paper:
-  - the loss is 1 - cosine; Eq. 4 is the likelihood to maximise
+Differs from, or is not said in, the paper or the code:
+  - the loss is 1 - cosine; Eq. 4 is the likelihood to maximise, and prints the target in its numerator unnormalised
+  - the teacher's final norm comes before Eq. 3, and drop path grows linearly with depth, both as in the code
   - the teacher starts as a copy of the student; in the code it is drawn independently (`--teacher_init independent`)
-  - where the folds do not divide M, the rest of the masked patches is left out on both sides, as in the code
-  - under 100 epochs a momentum per epoch is raised to the power 300 / epochs, or the teacher would hardly move: with 20
-    epochs 59% of it would still be its initial self; a momentum per step is taken as it is
+  - where the folds do not divide M, the rest of the masked patches is left out on both sides, as in the code: 2 x 73 of
+    147, where the paper's Sec. 4.3 says 2 x 79
+  - under 100 epochs, the paper's shortest run, a momentum per epoch is raised to the power 300 / epochs, or the teacher
+    would hardly move: of 20 epochs 59% of its initial self would be left; a momentum per step is taken as it is
   - weight decay 0.05 as in the paper; the code's default is 0.04
   - [CLS], with its zero position, stands in front of every fold, as in the code
 
 Run:
-    python sdae.py --preset quick                                       # generated images, 2 CPU cores, about a minute
-    torchrun --nproc_per_node=8 sdae.py --epochs 300 --data IMAGENET    # the paper's recipe, ViT-B
+    python sdae.py --preset quick                                       # generated images, 2 CPU cores, a minute and a half
+    torchrun --nproc_per_node=8 sdae.py --data IMAGENET                 # the paper's recipe, ViT-B, 300 epochs
+    torchrun --nproc_per_node=8 sdae.py --epochs 100 --warmup_epochs 20 --data IMAGENET
 Expect: a loss of 1.0 when nothing is known. It falls fast and rises when the teacher moves, so it compares no two runs;
 `teacher_cosine` should stay well below 1: where all features are alike, any loss is 0, and a warning says so.
 """
@@ -62,14 +67,14 @@ class Config(common.PretrainConfig):
     normalise: bool = True  # [paper Eq. 3, Table 5] each target token to mean 0, variance 1
     cosine_axis: Literal["channel", "token", "global"] = "channel"  # [paper Eq. 4] see above; the code has token
     teacher_init: Literal["copy", "independent"] = "copy"  # [code] the code draws the teacher independently
-    momentum: tuple[float, ...] = (0.96, 0.99)  # [supp A.1] of the teacher, from first to last epoch along a cosine
+    momentum: tuple[float, ...] = (0.96, 0.99)  # [supp A.1] of the teacher, from the first towards the second along a cosine
     ema_every: Literal["epoch", "step"] = "epoch"  # [paper Sec. 4.2] how often; per step take momenta near 1, e.g. 0.999
     export: Literal["student", "teacher"] = "student"  # [paper Fig. 4c] which encoder goes to encoder.pt and kNN
-    decoder_depth: int = 8  # [supp A.4] decoder blocks; the paper tries 1 to 12
+    decoder_depth: int = 8  # [supp A.4] decoder blocks
     decoder_dim: int = 512  # [code] width of the decoder
     decoder_heads: int = 16  # [code] heads of the decoder
-    epochs: int = 300  # [supp A.1] 100, 300 or 800
-    warmup_epochs: float = 60.0  # [supp A.1] linear warm-up, a fifth of the epochs
+    epochs: int = 300  # [supp A.1] ViT-B's 300; Table 2 has 100 as well, A.2 800
+    warmup_epochs: float = 60.0  # [supp A.1] linear warm-up, a fifth of the epochs: 20 of 100, 160 of 800
     batch_size: int = 768  # [supp A.1] images per optimiser step, over all processes
     base_lr: float = 8e-4 / 3  # [supp A.1] learning rate 8e-4 = base_lr * batch_size / 256
     min_lr: float = 0.0  # [code] learning rate at the end of the cosine
@@ -265,7 +270,7 @@ def cosine_loss(pred, target, axis):
 
 
 def momentum_at(epoch, epochs, momentum, ema_every="epoch"):
-    """EMA momentum of an epoch counted from 0: half a cosine from the first value to the second. [supp A.1, code]
+    """EMA momentum of an epoch counted from 0: half a cosine from the first value towards the second. [supp A.1, code]
 
     Per epoch, runs under 100 epochs keep as much of the initial teacher as 300 epochs would.
     """
@@ -276,10 +281,11 @@ def momentum_at(epoch, epochs, momentum, ema_every="epoch"):
 
 def first_components(features, fit):
     """Principal components of vectors (..., C) as colours (..., 3) in [0, 1]; axes and range come from `fit` (n, C)."""
+    features, fit = features.double(), fit.double()  # autocast leaves double alone, and quantile takes no bf16
     mean = fit.mean(0)
     axes = torch.linalg.svd(fit - mean, full_matrices=False)[2][:3].T  # (C, 3)
-    low, high = torch.quantile((fit - mean) @ axes, torch.tensor([0.02, 0.98], device=fit.device), dim=0)
-    return (((features - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1)
+    low, high = torch.quantile((fit - mean) @ axes, torch.tensor([0.02, 0.98]).to(fit), dim=0)
+    return (((features - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1).float()
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -324,27 +330,28 @@ class SdAE(nn.Module):
         super().__init__()
         self.feed, self.normalise, self.cosine_axis, self.teacher_init = feed, normalise, cosine_axis, teacher_init
         self.momentum, self.ema_every, self.export, self.epochs = momentum, ema_every, export, epochs
-        self.student = ViT(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
-        self.patch_size, self.grid, N = patch_size, self.student.grid, self.student.pos_embed.shape[1] - 1
+        self.encoder = ViT(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
+        self.patch_size, self.grid, N = patch_size, self.encoder.grid, self.encoder.pos_embed.shape[1] - 1
         self.num_keep = int(N * (1 - mask_ratio))
         M = N - self.num_keep
         self.folds = folds if feed == "folds" else 1
-        self.read = round(M * crop_ratio) if feed == "crop" else M - M % self.folds  # masked patches that count
+        self.num_read = round(M * crop_ratio) if feed == "crop" else M - M % self.folds  # masked patches that count
         self.decoder = Decoder(embed_dim, decoder_dim, decoder_depth, decoder_heads, self.grid, embed_dim)
         self.teacher = ViT(img_size, patch_size, embed_dim, depth, num_heads).requires_grad_(False)
         self.after_init()
 
     @property
-    def encoder(self):
-        return self.student if self.export == "student" else self.teacher
+    def exported(self):
+        """What encoder.pt holds and kNN measures."""
+        return self.encoder if self.export == "student" else self.teacher
 
     def forward(self, imgs, ids_shuffle):
         """imgs (B, 3, H, W), ids_shuffle (B, N) -> loss (), metrics: name -> tensor ()."""
         ids_keep, ids_mask = ids_shuffle[:, :self.num_keep], ids_shuffle[:, self.num_keep:]  # (B, V), (B, M)
-        latent = self.student.norm(self.student(imgs, ids_keep)[-1])  # (B, 1 + V, D)
-        pred = self.decoder(latent.unsqueeze(0), ids_shuffle)[0]  # (B, M, D), Eq. 1
+        latent = self.encoder.norm(self.encoder(imgs, ids_keep)[-1])  # (B, 1 + V, D)
+        pred = self.decoder(latent.unsqueeze(0), ids_shuffle)[0]  # (B, M, D)
         target, monitor = self.teach(imgs, ids_mask)  # (B, G, T, D)
-        pred = pred[:, :self.read].unflatten(1, (self.folds, -1))  # the same patches
+        pred = pred[:, :self.num_read].unflatten(1, (self.folds, -1))  # the same patches
         return cosine_loss(pred.float(), target, self.cosine_axis), monitor
 
     @torch.no_grad()
@@ -354,19 +361,19 @@ class SdAE(nn.Module):
         if self.feed == "full":
             tokens = take(self.teacher.norm(self.teacher(imgs)[-1])[:, 1:], ids_mask)
         else:  # each fold is a row of the batch: its tokens attend to no other fold
-            ids = ids_mask[:, :self.read].unflatten(1, (self.folds, -1)).flatten(0, 1)  # (B*G, T)
+            ids = ids_mask[:, :self.num_read].unflatten(1, (self.folds, -1)).flatten(0, 1)  # (B*G, T)
             outputs = self.teacher(imgs.repeat_interleave(self.folds, 0), ids)
             tokens = self.teacher.norm(outputs[-1])[:, 1:]
         tokens = tokens.float().reshape(len(imgs), self.folds, -1, tokens.shape[-1])  # (B, G, T, D)
         flat = F.normalize(tokens.flatten(0, 2), dim=-1)
         monitor = {"teacher_std": tokens.flatten(0, 2).std(0, correction=0).mean(),  # 0 if all features are alike
-                   "teacher_cosine": flat.mean(0).square().sum()}  # mean cosine of all pairs, 1 if they are
+                   "teacher_cosine": flat.mean(0).square().sum()}  # mean cosine of any two here, itself among them
         return normalise_tokens(tokens) if self.normalise else tokens, monitor
 
     def after_init(self):
         """The teacher starts as a copy of the student, also of one loaded with --init, unless drawn independently."""
         if self.teacher_init == "copy":
-            self.teacher.load_state_dict(self.student.state_dict())
+            self.teacher.load_state_dict(self.encoder.state_dict())
 
     @torch.no_grad()
     def after_step(self, progress):
@@ -375,7 +382,7 @@ class SdAE(nn.Module):
         if self.ema_every == "epoch" and abs(epoch - round(epoch)) > 1e-7:
             return
         m = momentum_at(math.ceil(epoch - 1e-7) - 1, self.epochs, self.momentum, self.ema_every)
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - m)
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - m)
 
     def warning(self, line):
         """What the figures just logged warn of, or "": features all alike, which any student predicts."""
@@ -387,20 +394,21 @@ class SdAE(nn.Module):
     def preview(self, imgs, ids_shuffle):
         """Panels for preview.png: title -> images (B, 3, H, W) as normalised as `imgs`, or maps (B, h, w)."""
         ids_keep, ids_mask = ids_shuffle[:, :self.num_keep], ids_shuffle[:, self.num_keep:]
-        ids_restore, p, M = ids_shuffle.argsort(1), self.patch_size, ids_mask.shape[1]
+        ids_restore = ids_shuffle.argsort(1)  # argsort of a permutation is its inverse
+        p, M = self.patch_size, ids_mask.shape[1]
         visible = take(patchify(imgs, p), ids_keep)  # (B, V, P)
         blank = visible.new_zeros(len(imgs), M, visible.shape[-1])
-        fold = torch.arange(M, device=imgs.device) // (self.read // self.folds) + 1
+        fold = torch.arange(M, device=imgs.device) // (self.num_read // self.folds) + 1
         fold = torch.where(fold > self.folds, 0, fold).expand(len(imgs), -1)  # 0: visible, or left out
-        target = normalise_tokens(self.teach(imgs, ids_mask)[0].flatten(1, 2))  # (B, read, D)
-        pred = self.decoder(self.student.norm(self.student(imgs, ids_keep)[-1]).unsqueeze(0), ids_shuffle)[0].float()
-        pred = normalise_tokens(pred[:, :self.read])
-        panels = {"input": imgs, "visible": self.fill(visible, blank, ids_restore),
+        target = normalise_tokens(self.teach(imgs, ids_mask)[0].flatten(1, 2))  # (B, num_read, D)
+        pred = self.decoder(self.encoder.norm(self.encoder(imgs, ids_keep)[-1]).unsqueeze(0), ids_shuffle)[0].float()
+        pred = normalise_tokens(pred[:, :self.num_read])
+        panels = {"input": imgs, "masked": self.fill(visible, blank, ids_restore),
                   "fold": torch.cat((torch.zeros_like(ids_keep), fold), 1).gather(1, ids_restore).unflatten(1, self.grid)}
         mean, std = (t.view(3) for t in common.mean_std(imgs.device))
         for title, x in (("teacher", target), ("student", pred)):
             colours = (first_components(x, target.flatten(0, 1)) - mean) / std
-            masked = torch.cat((colours.repeat(1, 1, p * p), blank[:, self.read:]), 1)
+            masked = torch.cat((colours.repeat(1, 1, p * p), blank[:, self.num_read:]), 1)
             panels[title] = self.fill(visible, masked, ids_restore)
         return panels
 

@@ -39,6 +39,8 @@ def test_shared_vit_is_the_same_text():
              for m in (ddae, deepmim, sdae)]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 4000
     assert inspect.getsource(ddae.Decoder) == inspect.getsource(deepmim.Decoder) == inspect.getsource(sdae.Decoder)
+    assert inspect.getsource(deepmim.first_components) == inspect.getsource(sdae.first_components)
+    assert inspect.getsource(deepmim.DeepMIM.fill) == inspect.getsource(sdae.SdAE.fill)
 
 
 def slow_teacher(model, img, ids):
@@ -55,20 +57,22 @@ def slow_teacher(model, img, ids):
 
 @pytest.mark.parametrize("options, sizes", [
     (dict(), [16] * 3), (dict(folds=2), [24] * 2), (dict(folds=5), [9] * 5), (dict(feed="masked"), [48]),
-    (dict(feed="crop"), [16]), (dict(feed="crop", crop_ratio=0.6), [29])])
+    (dict(feed="crop"), [16]), (dict(feed="crop", crop_ratio=0.6), [29]), (dict(normalise=False), [16] * 3)])
 @pytest.mark.parametrize("axis", ["channel", "token", "global"])
 @torch.no_grad()
 def test_loss_equals_a_loop_over_folds_and_tokens(options, sizes, axis):
     model = make(cosine_axis=axis, **options)
     imgs, ids = batch()
-    latent = model.student.norm(model.student(imgs, ids[:, :16])[-1])
-    pred = model.decoder(latent[None], ids)[0]
+    latent = model.encoder.norm(model.encoder(imgs, ids[:, :16])[-1])
+    pred = model.decoder(latent[None], ids)[0]  # the text of ddae's decoder, which test_ddae holds against a loop
     cosines = []
     for b in range(3):
         targets, preds, at = [], [], 16
         for T in sizes:
             t = slow_teacher(model, imgs[b], ids[b, at:at + T].tolist())
-            targets.append((t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True) + 1e-6).sqrt())
+            if model.normalise:
+                t = (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True) + 1e-6).sqrt()
+            targets.append(t)
             preds.append(pred[b, at - 16:at - 16 + T])
             at += T
         if axis == "global":
@@ -124,34 +128,43 @@ def test_momentum_schedule():
     assert left[24] == pytest.approx(0.362, abs=2e-3) and left[99] == pytest.approx(0.022, abs=1e-3)
     plain = np.prod([0.99 + 0.5 * (0.96 - 0.99) * (1 + math.cos(math.pi * e / 20)) for e in range(20)])
     short = np.prod([sdae.momentum_at(e, 20, (0.96, 0.99)) for e in range(20)])
+    assert sdae.momentum_at(0, 100, (0.96, 0.99)) == 0.96
+    assert sdae.momentum_at(0, 99, (0.96, 0.99)) == pytest.approx(0.96 ** (300 / 99))
     assert plain == pytest.approx(0.593, abs=2e-3) and short == pytest.approx(plain ** 15) and short < 1e-3
 
 
 @pytest.mark.parametrize("every", ["epoch", "step"])
 def test_teacher_is_the_closed_form_average(every):
-    model = make(ema_every=every, epochs=4, momentum=(0.5, 0.9))
-    names = [n for n, p in model.student.named_parameters() if p.requires_grad]
-    teacher = {n: model.teacher.get_parameter(n).clone().double() for n in names}
+    model = make(ema_every=every, epochs=4, momentum=(0.995, 0.999))
+    names = [n for n, p in model.encoder.named_parameters() if p.requires_grad]
+    start = {n: model.teacher.get_parameter(n).clone().double() for n in names}
+    momenta, students = [], []
     for step in range(1, 13):  # 3 steps an epoch
         with torch.no_grad():
-            for p in model.student.parameters():
+            for p in model.encoder.parameters():
                 p.add_(0.01 * torch.randn_like(p))
         model.after_step(step / 12)
         if every == "step" or step % 3 == 0:
             epoch = (step - 1) // 3
-            m = 0.9 + 0.5 * (0.5 - 0.9) * (1 + math.cos(math.pi * epoch / 4))
-            m = m ** (300 / 4) if every == "epoch" else m
-            teacher = {n: m * t + (1 - m) * model.student.get_parameter(n).double() for n, t in teacher.items()}
-        for n in names:
-            torch.testing.assert_close(model.teacher.get_parameter(n).double(), teacher[n], atol=1e-6, rtol=1e-6)
+            m = 0.999 + 0.5 * (0.995 - 0.999) * (1 + math.cos(math.pi * epoch / 4))
+            momenta.append(m ** (300 / 4) if every == "epoch" else m)
+            students.append({n: model.encoder.get_parameter(n).detach().clone().double() for n in names})
+        for n in names:  # each student counts 1 - its m, times all later m
+            want = start[n] * math.prod(momenta) + sum(
+                (1 - momenta[i]) * math.prod(momenta[i + 1:]) * students[i][n] for i in range(len(momenta)))
+            torch.testing.assert_close(model.teacher.get_parameter(n).double(), want, atol=1e-6, rtol=1e-6)
 
 
-def test_epochs_end_where_they_should():
-    """In floating point, step / total * epochs is a whole number at the end of each epoch and nowhere else."""
-    for per_epoch, epochs in ((1668, 300), (312, 2), (781, 7), (1, 5)):
-        total = per_epoch * epochs
-        whole = [s for s in range(1, total + 1) if abs(s / total * epochs - round(s / total * epochs)) <= 1e-7]
-        assert whole == list(range(per_epoch, total + 1, per_epoch))
+def test_epochs_end_where_they_should(monkeypatch):
+    """In floating point, step / total * epochs is not quite whole at the end of some epochs."""
+    for per_epoch, epochs in ((130, 100), (312, 2), (1, 5)):
+        model, steps, epochs_seen, total = make(epochs=epochs), [], [], per_epoch * epochs
+        monkeypatch.setattr(sdae, "momentum_at", lambda epoch, *_: epochs_seen.append(epoch) or 0.5)
+        for step in range(1, total + 1):
+            before = len(epochs_seen)
+            model.after_step(step / total)
+            steps += [step] * (len(epochs_seen) - before)
+        assert steps == list(range(per_epoch, total + 1, per_epoch)) and epochs_seen == list(range(epochs))
 
 
 def test_teacher_gets_no_gradient_and_starts_as_told():
@@ -159,18 +172,33 @@ def test_teacher_gets_no_gradient_and_starts_as_told():
     imgs, ids = batch()
     model(imgs, ids)[0].backward()
     assert all(p.grad is None for p in model.teacher.parameters())
-    assert all(p.grad is not None for p in [*model.student.parameters(), *model.decoder.parameters()] if p.requires_grad)
+    assert all(p.grad is not None for p in [*model.encoder.parameters(), *model.decoder.parameters()] if p.requires_grad)
     copy, own = sdae.SdAE(**SMALL), sdae.SdAE(**SMALL | dict(teacher_init="independent"))
-    assert all(torch.equal(v, copy.teacher.state_dict()[k]) for k, v in copy.student.state_dict().items())
-    assert not torch.equal(own.student.blocks[0].mlp.fc1.weight, own.teacher.blocks[0].mlp.fc1.weight)
-    assert make(export="teacher").encoder is not make().encoder and make(export="teacher").encoder.training
+    assert all(torch.equal(v, copy.teacher.state_dict()[k]) for k, v in copy.encoder.state_dict().items())
+    assert not torch.equal(own.encoder.blocks[0].mlp.fc1.weight, own.teacher.blocks[0].mlp.fc1.weight)
+    for export in ("student", "teacher"):
+        model = make(export=export)
+        assert model.exported is (model.teacher if export == "teacher" else model.encoder)
+
+
+@pytest.mark.parametrize("export", ["student", "teacher"])
+@pytest.mark.parametrize("teacher_init", ["copy", "independent"])
+def test_init_reaches_the_student(export, teacher_init, tmp_path, monkeypatch):
+    sizes = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+    vit = sdae.ViT(**sizes)
+    common.save(dict(model=vit.state_dict(), config=sizes), tmp_path / "encoder.pt")
+    main(monkeypatch, f"--max_steps 1 --preview_every 0 --data {soak.make_images(tmp_path / 'images')} --batch_size 16 "
+         f"--micro_batch 0 --init {tmp_path}/encoder.pt --export {export} --teacher_init {teacher_init} --out_dir {tmp_path}/o")
+    found = common.load(tmp_path / "o" / "last.pt")["model"]  # the first step has learning rate 0
+    for part, like in (("encoder", True), ("teacher", teacher_init == "copy")):
+        assert torch.equal(found[f"{part}.blocks.1.mlp.fc1.weight"], vit.blocks[1].mlp.fc1.weight) == like
 
 
 def test_drop_path_is_in_the_student_only():
     model = sdae.SdAE(**SMALL | dict(depth=12, drop_path=0.25))
-    assert [b.drop_path for b in model.student.blocks] == pytest.approx(np.linspace(0, 0.25, 12))
+    assert [b.drop_path for b in model.encoder.blocks] == pytest.approx(np.linspace(0, 0.25, 12))
     assert not any(b.drop_path for part in (model.teacher.blocks, model.decoder.decoder_blocks) for b in part)
-    block = ddae.Block(24, 2, drop_path=0.5)
+    block = sdae.Block(24, 2, drop_path=0.5)
     x = torch.randn(2000, 2, 24)
     branch = block.drop(x)
     kept = (branch != 0).any(-1).any(-1)
@@ -182,14 +210,51 @@ def test_monitor_tells_of_collapse():
     model = make()
     imgs, ids = batch()
     healthy = model(imgs, ids)[1]
+    x = torch.stack([slow_teacher(model, imgs[b], ids[b, at:at + 16].tolist()) for b in range(3) for at in (16, 32, 48)])
+    x = x.detach().flatten(0, 1).numpy()
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in x for b in x]
+    assert healthy["teacher_std"].item() == pytest.approx(x.std(0).mean(), rel=1e-4)
+    assert healthy["teacher_cosine"].item() == pytest.approx(np.mean(cosines), rel=1e-4)
     with torch.no_grad():
-        for p in (model.teacher.norm.weight,):
-            p.zero_()
+        model.teacher.norm.weight.zero_()
     collapsed = model(imgs, ids)[1]
     assert model.warning(healthy) == "" and "collapse: deviation 0, mean cosine of any two 1;" in model.warning(collapsed)
     assert model.warning(dict(teacher_std=0.2, teacher_cosine=0.96)) and model.warning(dict(teacher_std=0.04, teacher_cosine=0))
     assert collapsed["teacher_cosine"] == pytest.approx(1) and collapsed["teacher_std"] < 1e-6
     assert healthy["teacher_cosine"] < 0.99 and healthy["teacher_std"] > 0.05
+
+
+@torch.no_grad()
+def test_bf16_is_close_to_fp32_and_draws_pictures():
+    model, (imgs, ids) = make(), batch()
+    exact, _ = model(imgs, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(imgs, ids)
+        panels = model.eval().preview(imgs, ids)
+        colours = sdae.first_components(imgs.flatten(2), imgs.flatten(0, 1).flatten(1))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert panels["student"].shape == (3, 3, 32, 32)
+    assert torch.equal(colours, sdae.first_components(imgs.flatten(2), imgs.flatten(0, 1).flatten(1)))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(folds=5), dict(feed="crop")])
+@torch.no_grad()
+def test_preview_shows_folds_and_targets(options, monkeypatch):
+    model, (imgs, ids) = make(**options).eval(), batch()
+    T = {3: 16, 5: 9, 1: 16}[model.folds]
+    monkeypatch.setattr(model.decoder, "forward", lambda latent, ids: torch.cat(  # the student predicts the target
+        (model.teach(imgs, ids[:, 16:])[0].flatten(1, 2), torch.zeros(3, 48 - T * model.folds, 24)), 1)[None])
+    panels = model.preview(imgs, ids)
+    assert torch.allclose(panels["teacher"], panels["student"], atol=1e-4)
+    assert torch.equal(panels["input"], imgs)
+    for b in range(3):
+        for place, n in enumerate(ids[b].tolist()):
+            patch = (slice(None), slice(n // 8 * 4, n // 8 * 4 + 4), slice(n % 8 * 4, n % 8 * 4 + 4))
+            fold = (place - 16) // T + 1 if 16 <= place < 16 + T * model.folds else 0
+            assert panels["fold"][b, n // 8, n % 8] == fold
+            for title in ("masked", "teacher"):
+                seen = place < 16
+                assert torch.equal(panels[title][b][patch], imgs[b][patch]) == seen, (title, place)
 
 
 TINY = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
@@ -215,7 +280,7 @@ def test_trains_and_resumes_bitwise(flags, tmp_path, monkeypatch):
     assert np.mean([x["loss"] for x in lines[-4:]]) < np.mean([x["loss"] for x in lines[:4]])
     model = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]
     encoder = torch.load(tmp_path / "whole" / "encoder.pt", weights_only=True)["model"]
-    part = "teacher" if "teacher" in flags else "student"
+    part = "teacher" if "teacher" in flags else "encoder"
     assert all(torch.equal(v, model[f"{part}.{k}"]) for k, v in encoder.items())
     assert (tmp_path / "whole" / "preview.png").stat().st_size > 10_000
 
@@ -263,5 +328,5 @@ def test_recipe_and_text():
     body = text.replace(sdae.__doc__, "")
     assert set(re.findall(r"Eq\. \d", sdae.__doc__)) == set(re.findall(r"Eq\. \d", body[body.index("# --- masking"):]))
     sizes = [sdae.SdAE(img_size=224, patch_size=16, embed_dim=24, depth=1, num_heads=2, decoder_dim=16, decoder_heads=2,
-                       decoder_depth=1, folds=f).read for f in (2, 3, 4)]
+                       decoder_depth=1, folds=f).num_read for f in (2, 3, 4)]
     assert sizes == [146, 147, 144]

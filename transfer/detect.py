@@ -110,7 +110,7 @@ class Config(common.RunConfig):
     layer_decay: float = 0.75  # [SdAE, DeepMIM] factor from each layer to the one below
     weight_decay: float = 0.05  # [code: CAE] see above for what is not decayed
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: CAE, ViTDet] AdamW's two moments
-    eval_every: float = 1.0  # [ours] epochs between evaluations; 0: only at the end
+    eval_every: float = 1.0  # [ours] epochs between evaluations; the best model is kept in best.pt; 0: never
     eval_images: int = 0  # [ours] how many images of the validation set to take; 0: all
     warmup_epochs, min_lr = 0.0, 0.0  # no flags
 
@@ -151,7 +151,7 @@ RECIPES = {
     "mae": dict(VITDET, batch_size=64, layer_decay=0.7),
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0, channels=32,
                   box_loss="l1", proposals=(200, 200), regions=64, epochs=1, drops=(0.24,), warmup=20, batch_size=16, lr=2e-3,
-                  layer_decay=0.9, max_steps=180, eval_images=200, eval_every=0, preview_every=0, out_dir="out/quick_detect"),
+                  layer_decay=0.9, max_steps=180, eval_images=200, preview_every=0, out_dir="out/quick_detect"),
 }
 
 
@@ -330,7 +330,7 @@ class Scenes(common.Samples):
             (H, W), S = img.shape[1:], self.S
             top, left = rng.integers(max(H - S, 0) + 1), rng.integers(max(W - S, 0) + 1)
             img, masks = img[:, top:top + S, left:left + S], target["masks"][:, top:top + S, left:left + S]
-            seen = masks.flatten(1).any(1)
+            seen = masks.flatten(1).any(1).bool()
             boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # torchvision's end at the last pixel
             target = dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=img.shape[1:]),
                           masks=tv_tensors.Mask(masks[seen]), labels=target["labels"][seen])
@@ -796,7 +796,7 @@ def main():
             cfg = dataclasses.replace(cfg, num_classes=len(val_source.classes))
         if training:
             common.check(list(source.classes) == list(val_source.classes) and list(source.ids) == list(val_source.ids),
-                         f"the training and validation files of --data {cfg.data} have different categories; make them the same")
+                         f"training and validation set of --data {cfg.data} have different categories; make them the same")
         model = make_model(cfg, weights, classes, val_source.classes if val_source else classes)
     except ValueError as error:
         common.fail(str(error))
