@@ -141,6 +141,12 @@ def complain(message):
         print(message, file=sys.stderr, flush=True)
 
 
+@functools.cache  # once per file, however often it is met
+def complain_of(name, reason):
+    """A line on stderr about a file that cannot be read."""
+    complain(f"unreadable {name}: {reason}")
+
+
 def gather(value):
     """The values of all processes, in order of rank, on each of them."""
     if not dist.is_initialized():
@@ -398,7 +404,7 @@ def open_data(cfg, split):
         return Named(cfg.data, cfg.data_root, split)
     root = Path(cfg.data)
     if split == "val" and not (root / "val").is_dir():
-        need = "--knn_every" if getattr(cfg, "knn_every", 0) else "--val_every" if hasattr(cfg, "val_every") else "evaluation"
+        need = "--knn_every" if getattr(cfg, "knn_every", 0) else "--val_every" if hasattr(cfg, "val_every") else "accuracy"
         fail(f"{need} needs {root.absolute() / 'val'}; {'leave it out, or ' * hasattr(cfg, 'val_every')}make that folder"
              + ", with a folder per class" * (need != "--val_every"))
     return Folder(root / split if (root / split).is_dir() else root)
@@ -502,6 +508,28 @@ def mean_std(device):
     return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
 
 
+class Centred(torch.utils.data.Dataset):
+    """Images of `source` through `crop`, with labels; for an unreadable one its name and the reason."""
+
+    def __init__(self, source, crop):
+        self.source, self.crop = source, crop
+
+    def __getitem__(self, i):
+        try:
+            return self.crop(self.source.image(i)), self.source.label(i)
+        except Exception as error:  # broken files raise nearly anything
+            return self.source.name(i), f"{type(error).__name__}: {error}"
+
+
+def readable(batch):
+    """List of what `Centred` gives -> images (B, 3, H, W), labels (B,); files that could not be read are named."""
+    for name, reason in batch:
+        if isinstance(name, str):
+            complain_of(name, reason)
+    batch = [(img, label) for img, label in batch if torch.is_tensor(img)]
+    return torch.stack([img for img, _ in batch]) if batch else [], torch.tensor([label for _, label in batch])
+
+
 def to_device(drawn, device):
     """Tensors, or a list of dicts of them -> the same on the device."""
     if torch.is_tensor(drawn):
@@ -593,6 +621,9 @@ def load(path):
         raise ValueError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors and plain values; save only its 'model' anew") from None
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is damaged, or no file of today's torch.save; convert an old .pth or a .safetensors by "
+                         "torch.save of its tensors by name") from None
     except Exception as error:
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())[:100]})") from None
 
@@ -728,33 +759,38 @@ def validation_loss(model, cfg, device, autocast, source, draw):
 
 
 @torch.no_grad()
-def knn_accuracy(encoder, cfg, device, autocast, sources, k=20, temperature=0.07, limits=None):
-    """Weighted nearest-neighbour accuracy of mean patch features, as DINO evaluates -> percent.
+def knn_accuracy(encoder, cfg, device, autocast, sources, limits, k=20, temperature=0.07):
+    """Weighted nearest-neighbour accuracy of mean patch features, as DINO evaluates, exact for any number of processes.
 
-    sources: train and val images with labels, of which `limits` are taken, a fixed choice; each process embeds its share.
+    sources: images with labels to compare with, and to classify; `limits` of them are taken, a fixed choice.
+    -> percent, number compared with, number classified.
     """
-    crop, features, labels = centre_crop(cfg), [], []
-    for source, limit in zip(sources, limits or (cfg.knn_images, max(1, cfg.knn_images // 5))):
-        chosen = np.random.default_rng(0).permutation(len(source))[:limit]
-        mine, found = chosen[RANK::WORLD], []
-        for part in np.array_split(mine, max(1, len(mine) // 100)):
-            imgs = []
-            for i in part:
-                with contextlib.suppress(Exception):  # training reports unreadable files; here they are left out
-                    imgs.append((crop(source.image(i)), source.label(i)))
-            if imgs:
+    found = []
+    for source, limit in zip(sources, limits):
+        mine = np.random.default_rng(0).permutation(len(source))[:limit][RANK::WORLD].tolist()
+        loader = torch.utils.data.DataLoader(Centred(source, centre_crop(cfg)), 100, sampler=mine, collate_fn=list,
+                                             num_workers=num_workers(cfg), worker_init_fn=own_group)
+        features, labels = [torch.empty(0, cfg.embed_dim)], [torch.empty(0, dtype=torch.long)]
+        for imgs, y in map(readable, loader):
+            if len(imgs):
                 with autocast:
-                    x = encoder.norm(encoder(normalise(torch.stack([i for i, _ in imgs]), device))[-1])
-                found.append((F.normalize(x[:, 1:].float().mean(1)).cpu(), torch.tensor([y for _, y in imgs])))
-        found = sum(gather(found), [])
-        if not found:
-            fail(f"--knn_every: none of {source.name(0)} and the other images could be read")
-        features.append(torch.cat([f for f, _ in found]))
-        labels.append(torch.cat([y for _, y in found]))
-    similarity, nearest = (features[1] @ features[0].T).topk(min(k, len(features[0])))  # (n, k)
-    votes = torch.zeros(len(nearest), int(torch.cat(labels).max()) + 1)
-    votes.scatter_add_(1, labels[0][nearest], (similarity / temperature).exp())
-    return 100 * (votes.argmax(1) == labels[1]).float().mean().item()
+                    x = encoder.norm(encoder(normalise(imgs, device))[-1])  # (B, 1 + N, D)
+                features.append(F.normalize(x[:, 1:].float().mean(1)).cpu())
+                labels.append(y)
+        found.append((torch.cat(features), torch.cat(labels)))
+        if not sum(gather(len(found[-1][1]))):
+            fail(f"kNN: none of {source.name(0)} and the other images could be read")
+    (bank, bank_labels), (queries, labels) = found[0], [torch.cat(parts) for parts in zip(*gather(found[1]))]
+    similarity, votes = [], []  # each process asks its own part of the bank, and the nearest of all parts are taken
+    for part in queries.split(500):
+        near, ids = (part @ bank.T).topk(min(k, len(bank)))  # (500, k)
+        similarity.append(near)
+        votes.append(bank_labels[ids])
+    similarity, votes = [torch.cat(parts, 1) for parts in zip(*gather((torch.cat(similarity), torch.cat(votes))))]
+    similarity, ids = similarity.topk(min(k, similarity.shape[1]))
+    scores = torch.zeros(len(queries), 1 + int(max(labels.max(), votes.max())))
+    scores.scatter_add_(1, votes.gather(1, ids), (similarity / temperature).exp())
+    return 100 * (scores.argmax(1) == labels).float().mean().item(), sum(gather(len(bank))), len(queries)
 
 
 def save_preview(panels, path):
@@ -884,7 +920,8 @@ def pretraining_figures(cfg, source, draw):
     def evaluate(model, device, autocast, due):
         found = {}
         if due(cfg.knn_every):
-            found["knn"] = knn_accuracy(getattr(model, "exported", model.encoder), cfg, device, autocast, (source, val_source))
+            found["knn"] = knn_accuracy(getattr(model, "exported", model.encoder), cfg, device, autocast, (source, val_source),
+                                        (cfg.knn_images, max(1, cfg.knn_images // 5)))[0]
         if due(cfg.val_every):
             found |= validation_loss(model, cfg, device, autocast, val_source, draw)
         return found
@@ -1007,11 +1044,11 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
         model.train()
         score = next(iter(found.values())) if found and not pretraining else -math.inf
         if score > best:
-            best = score
             if RANK == 0:
                 try:
                     save(dict(model=model.state_dict(), config=dict(plain(cfg), method=method), step=step, figures=found,
                               classes=[str(c) for c in getattr(source, "classes", [])]), out_dir / "best.pt")
+                    best = score  # the other processes save nothing
                 except OSError as error:
                     say(f"warning    {error}")
         return found
@@ -1078,7 +1115,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
             all_keys += keys
             for name, reason in bad:
                 if unreadable.setdefault(name, reason) is reason:
-                    complain(f"unreadable {name}: {reason}")
+                    complain_of(name, reason)
             torch.manual_seed(hash((cfg.seed, step, RANK, i)))
             # no_sync must hold around forward and backward: DDP decides in the forward whether to reduce gradients.
             quiet = ddp.no_sync() if ddp is not model and i < accumulate - 1 else contextlib.nullcontext()
@@ -1122,7 +1159,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
             bar.update(cfg.batch_size)
 
         end, line = step == stop, {}
-        if end or step % cfg.log_every == 0:
+        if end or step % cfg.log_every == 0 or due(getattr(cfg, "eval_every", 0)):
             values = torch.stack([*totals.values(), norm])
             if dist.is_initialized():
                 dist.all_reduce(values)
@@ -1137,7 +1174,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
                      + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
         pause = time.perf_counter()
         if evaluate and not stop_now:
-            line |= measure(end)
+            line |= measure(step == total or end and pretraining)
         if line:
             report(line)
         if "loss" in line and hasattr(model, "warning") and (text := model.warning(line)):

@@ -22,14 +22,18 @@ are layer 0, head and fc_norm layer depth + 1.
 Where the papers contradict one another or themselves:
   - DDAE states 8e-3 at batch 1024, four times what anyone else takes; CAE's 8e-3 is of batch 4096, which recipe `ddae`
     assumes. `ddae_literal` takes the text's word
-  - DeepMIM states 2e-4 (CLIP: 4e-4) at 1024 without base; its log shows 4e-4 as the peak, so both are absolute
+  - DeepMIM states 2e-4 (CLIP: 4e-4) at 1024 without base; its CLIP log peaks at 4e-4, so both are read as absolute
   - SdAE's 5e-4 is a base rate, as MAE's, from which it takes the rest
-  - RandAugment here is torchvision's, two operations of probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10
+What is not as in MAE's code:
+  - RandAugment is torchvision's, two operations of probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10. It is
+    bilinear, has no noise on the magnitude, no Invert and SolarizeAdd, and its Posterize keeps more bits
+  - no moving average of the weights, which MAE takes from scratch and BootMAE always
+  - inputs are normalised with ImageNet's mean and deviation, also for files that were trained with 0.5 (some of timm's)
 
 Run:
     torchrun --nproc_per_node=8 finetune.py --recipe ddae --data IMAGENET --init out/ddae_b100/encoder.pt --out_dir out/ft
     torchrun --nproc_per_node=8 finetune.py --mode linear --data IMAGENET --init out/ddae_b100/encoder.pt --out_dir out/lin
-    python finetune.py --eval --data IMAGENET --init out/ft/best.pt
+    python finetune.py --eval --data IMAGENET --init out/ft/best.pt                                  # needs val/ only
     python finetune.py --recipe quick --init out/quick/encoder.pt       # generated images, 2 CPU cores
 """
 import csv
@@ -66,7 +70,7 @@ class Config(common.RunConfig):
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
     pool: Literal["auto", "mean", "cls"] = "auto"  # [MAE] auto: mean to fine-tune, cls for linear; with --eval by the file
     layer: int = 0  # [BootMAE] block whose features --mode linear reads; 0: the last
-    last_k: int = 0  # [DeepMIM Fig. 7] train only the last k blocks and the head; 0: everything
+    last_k: int = 0  # [DeepMIM Fig. 7] train only the last k blocks and the head; 0, or all blocks: everything
     reinit_last_k: int = 0  # [DeepMIM] draw the last k blocks anew before fine-tuning
     epochs: int = 100  # [MAE] ViT-B; ViT-L 50
     warmup_epochs: float = 5.0  # [MAE] linear warm-up
@@ -83,14 +87,14 @@ class Config(common.RunConfig):
     rand_augment: int = 27  # [MAE] magnitude of RandAugment, of 30; 0: none
     erase: float = 0.25  # [MAE] probability of random erasing
     crop_min: float = 0.08  # [MAE] smallest area of the random crop, share of the image
-    crop_pct: float = 0.875  # [MAE] evaluation: crop's side / resized image's shorter side
+    crop_pct: float = 0.0  # [MAE] evaluation: crop's side / resized image's shorter; 0: as --init's, else 224/256, above 224 px 1
 
     def __post_init__(self):
         super().__post_init__()
         check = common.check
-        common.above(0, self, "eval_every eval_batch layer_decay crop_min crop_pct")
+        common.above(0, self, "eval_every eval_batch layer_decay crop_min")
         for name in ("knn_images", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "layer", "last_k",
-                     "reinit_last_k", "mixup", "cutmix"):
+                     "reinit_last_k", "mixup", "cutmix", "crop_pct"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("drop_path", "smoothing", "erase"):
             check(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
@@ -106,12 +110,17 @@ class Config(common.RunConfig):
         check(self.mode != "linear" or not (self.mixup or self.cutmix or self.drop_path or self.last_k),
               "--mode linear is trained by --recipe linear or linear_boot, without mixup, cutmix, drop_path and last_k")
         check(self.mode == "linear" or not self.layer, f"--layer goes with --mode linear, not {self.mode}")
+        check(not (self.last_k or self.reinit_last_k) or self.mode == "finetune" and not self.eval,
+              "--last_k and --reinit_last_k go with --mode finetune, and not with --eval")
+        micro = self.micro_batch or self.batch_size // common.WORLD
+        check(micro != 1 or self.eval or self.mode == "knn" or not (self.mixup or self.cutmix or self.mode == "linear"),
+              "mixup, cutmix and --mode linear's batch norm need --micro_batch 2 at least")
 
 
 LINEAR = dict(mode="linear", epochs=90, warmup_epochs=10, batch_size=16384, base_lr=0.1, min_lr=0.0, weight_decay=0.0,
               layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0)
 SMALL_IMAGES = dict(batch_size=64, rand_augment=0, erase=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, crop_pct=1.0,
-                    crop_min=0.4, warmup_epochs=0.2, eval_every=1)
+                    crop_min=0.4, warmup_epochs=0.2)
 RECIPES = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
@@ -124,7 +133,7 @@ RECIPES = {
     "sdae": dict(batch_size=2048, warmup_epochs=10),
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "scratch": dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,
-                    layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0),  # MAE's appendix A.2
+                    layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0),  # MAE's appendix A.2, but no EMA
     "linear": LINEAR,
     "linear_boot": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=10),  # BootMAE's script, ViT-B
     "quick": SMALL_IMAGES | dict(epochs=1, base_lr=4e-3, layer_decay=0.9, out_dir="out/quick_finetune"),
@@ -138,8 +147,13 @@ RECIPES = {
 # --- data -------------------------------------------------------------------------------------------------------------
 
 def open_labelled(cfg):
-    """Train and val images of --data with the same classes; ends the program with one line where they are not so."""
-    sources = [common.open_data(cfg, split) for split in ("train", "val")]
+    """Train and val images of --data with the same classes; ends the program with one line where they are not so.
+
+    With --eval, val images alone.
+    """
+    if not cfg.eval and Path(cfg.data, "val").is_dir() and not Path(cfg.data, "train").is_dir():
+        common.fail(f"--data {cfg.data} has val/ but no train/; add it, or give --eval")
+    sources = [common.open_data(cfg, split) for split in ("train", "val")[cfg.eval:]]
     for source in sources:
         if source.labels is None:
             common.fail(f"--data {cfg.data} has no labels; it needs train/ and val/, each with a folder per class")
@@ -148,7 +162,7 @@ def open_labelled(cfg):
             if empty:
                 common.fail(f"class folder {(source.root / empty[0]).absolute()} holds no images; fill or remove it, "
                             "in train/ and in val/")
-    train, val = (list(source.classes) for source in sources)
+    train, val = list(sources[0].classes), list(sources[-1].classes)
     if train != val:
         where, names = ("val", set(train) - set(val)) if set(train) - set(val) else ("train", set(val) - set(train))
         common.fail(f"{where}/ of --data {cfg.data} lacks {len(names)} of the classes, e.g. the folder {min(names)}; "
@@ -178,29 +192,17 @@ class Samples(common.Samples):
     def __init__(self, source, cfg):
         super().__init__(source, cfg, draw=None)
         fill = [round(255 * m) for m in common.MEAN]
-        half = [v2.RandomApply([v2.RandAugment(1, cfg.rand_augment, fill=fill)], 0.5)] * 2 if cfg.rand_augment else []
-        self.crop = v2.Compose([self.crop, *half, *([Erase(cfg.erase)] if cfg.erase else [])])
+        augment = v2.RandAugment(1, cfg.rand_augment, interpolation=InterpolationMode.BILINEAR, fill=fill)
+        twice = [v2.RandomApply([augment], 0.5)] * 2 if cfg.rand_augment else []
+        self.crop = v2.Compose([self.crop, *twice, *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, index, drawn):
         return super().sample(index, drawn)[0], self.source.label(index)
 
 
-class Centred(torch.utils.data.Dataset):
-    """Images of `source` through `crop`, with labels; for an unreadable one its name and the reason."""
-
-    def __init__(self, source, crop):
-        self.source, self.crop = source, crop
-
-    def __getitem__(self, i):
-        try:
-            return self.crop(v2.functional.pil_to_tensor(self.source.image(i))), self.source.label(i)
-        except Exception as error:  # broken files raise nearly anything; each is named and left out
-            return self.source.name(i), f"{type(error).__name__}: {error}"
-
-
 def centre_crop(size, crop_pct):
-    """Resize the shorter side to crop's / crop_pct, bicubic, and cut the middle out; size (height, width)."""
-    return v2.Compose([v2.Resize(round(max(size) / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    """Resize the shorter side to the crop's longer / crop_pct, bicubic, and cut the middle out; size (height, width)."""
+    return v2.Compose([v2.PILToTensor(), v2.Resize(round(max(size) / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)])
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ class Classifier(ViT):
 
 
 def sized(cfg):
-    """Settle what --init decides -> cfg with sizes and pool, its tensors by name, class names it was trained on or none.
+    """Settle what --init decides -> cfg with sizes, pool and crop, its tensors by name, class names it was trained on or none.
 
     Raises ValueError where flags and file contradict.
     """
@@ -251,15 +253,19 @@ def sized(cfg):
     if cfg.init:
         weights = common.read_weights(cfg.init)
         sizes, file = common.vit_sizes(weights, cfg.init), common.load(cfg.init)
+    was = file.get("config") or {}
+    free = {"img_size"} if "num_heads" in was else {"img_size", "num_heads"}  # heads leave no trace in the weights
     for name in sizes:
         given = getattr(cfg, name)
-        common.check(not given or not cfg.init or name in ("img_size", "num_heads") or given == sizes[name],
+        common.check(not given or not cfg.init or name in free or given == sizes[name],
                      f"--{name} {given}, but {cfg.init} has {sizes[name]}; leave the flag out")
         sizes[name] = given or sizes[name]
     img_size, p, depth = sizes["img_size"], sizes["patch_size"], sizes["depth"]
     for size in (img_size, *cfg.eval_size):
         common.check(size > 0 and size % p == 0, f"an image side of {size} px is not divisible by patches of {p} px; "
                      f"use {max(p, size // p * p)} or {size // p * p + p}")
+    D, heads = sizes["embed_dim"], sizes["num_heads"]
+    common.check(D % 4 == 0 and D % heads == 0, f"a width of {D} must be divisible by 4 and by --num_heads {heads}")
     for name in ("layer", "last_k", "reinit_last_k"):
         common.check(getattr(cfg, name) <= depth, f"--{name} {getattr(cfg, name)} is out of range: the encoder has {depth} blocks")
     if cfg.layer:
@@ -269,7 +275,8 @@ def sized(cfg):
         pool = "mean" if "fc_norm.weight" in weights else "cls"
     elif pool == "auto":
         pool = "cls" if cfg.mode == "linear" else "mean"
-    return dataclasses.replace(cfg, pool=pool, **sizes), weights, file.get("classes") or []
+    crop_pct = cfg.crop_pct or was.get("crop_pct") or (0.875 if img_size <= 224 else 1.0)
+    return dataclasses.replace(cfg, pool=pool, crop_pct=crop_pct, **sizes), weights, file.get("classes") or []
 
 
 def brief(names):
@@ -281,16 +288,17 @@ def brief(names):
 
 
 def load_pretrained(model, weights, path, allow_partial=False, need_head=False):
-    """Load a Classifier, its position table resized, and say what was used; a head for other classes is left out.
+    """Load a Classifier, its position table resized, and say what was used; a head of another size is left out.
 
-    Raises ValueError where anything but head, fc_norm and bn is missing (unless allow_partial) or of another shape.
+    Raises ValueError where anything but head, fc_norm and bn is missing, or the file's blocks compute more than ours
+    (both unless allow_partial), or shapes differ.
     """
     own = model.state_dict()
     weights = dict(weights)
     weights["pos_embed"] = common.resize_pos_embed(weights["pos_embed"], model.grid)
     head = weights.get("head.weight")
     if need_head:
-        common.check(head is not None, f"{path} has no head; fine-tune it first (best.pt), or leave out --eval")
+        common.check(head is not None, f"{path} has no tensor head.weight; give a fine-tuned file, such as best.pt")
         common.check(len(head) == len(model.head.weight), f"{path} has a head for {len(head)} classes, --data has "
                      f"{len(model.head.weight)}; give the data it was trained on")
     used = {k: weights[k] for k in own if k in weights}
@@ -300,6 +308,10 @@ def load_pretrained(model, weights, path, allow_partial=False, need_head=False):
     fresh = () if need_head else ("head.", "fc_norm.", "bn.")
     lacking = [k for k in missing if not k.startswith(fresh)] if fresh else missing
     common.check(allow_partial or not lacking, f"{path} lacks {brief(lacking)}, e.g. {lacking[:1]}; --allow_partial goes on")
+    parts = ("patch_embed.", "norm_pre.", "reg_token", *(f"blocks.{i}." for i in range(len(model.blocks))))
+    more = [k for k in unexpected if k.startswith(parts)]
+    common.check(allow_partial or not more, f"{path} is of another kind of ViT: {brief(more)} too many, e.g. {more[:1]}; "
+                 "--allow_partial leaves them out")
     common.load_weights(model, {**own, **used}, path)
     common.say(f"init       {len(used)} of {len(own)} tensors from {path}: {brief(used)}\n"
                f"           drawn anew: {brief(missing)}; left out: {brief(unexpected)}")
@@ -308,11 +320,11 @@ def load_pretrained(model, weights, path, allow_partial=False, need_head=False):
 def build(cfg, weights, num_classes):
     """The Classifier that cfg, already `sized`, asks for."""
     linear = "bn.running_mean" in weights if cfg.eval else cfg.mode == "linear"
-    model = Classifier(num_classes, linear=linear, **{k: v for k, v in common.arguments(Classifier, cfg).items()})
+    model = Classifier(num_classes, linear=linear, **common.arguments(Classifier, cfg))
     if cfg.eval_size:
         model.grid = tuple(size // cfg.patch_size for size in cfg.eval_size)
         model.pos_embed = nn.Parameter(common.resize_pos_embed(model.pos_embed.data, model.grid))
-    if cfg.mode != "scratch":
+    if cfg.eval or cfg.mode != "scratch":
         load_pretrained(model, weights, cfg.init, cfg.allow_partial, cfg.eval)
     if cfg.reinit_last_k:
         for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
@@ -364,29 +376,28 @@ def make_optimizer(model, cfg):
 def accuracy(model, source, crop, cfg, device, autocast, keep=None):
     """Classify every image of `source` once, whatever the number of processes.
 
-    keep (C',): the only classes that may be answered, numbers among the model's; labels count in `keep` then.
+    keep: bool (C,), the classes that may be answered; None: all.
     -> acc1, acc5 (percent), val_loss, val_images by name; confusion matrix int64 (C, C), rows are labels.
     """
     mine = range(len(source))[common.RANK::common.WORLD]
-    loader = torch.utils.data.DataLoader(Centred(source, crop), cfg.eval_batch, sampler=mine, collate_fn=list,
+    loader = torch.utils.data.DataLoader(common.Centred(source, crop), cfg.eval_batch, sampler=mine, collate_fn=list,
                                          num_workers=common.num_workers(cfg), worker_init_fn=common.own_group)
-    C = len(model.head.weight) if keep is None else len(keep)
+    C = len(model.head.weight)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # right among the first five; cross-entropy
     for batch in loader:
-        for name, reason in batch:
-            if isinstance(name, str):
-                common.complain(f"unreadable {name}: {reason}")
-        batch = [(img, label) for img, label in batch if torch.is_tensor(img)]
-        if not batch:
+        imgs, labels = common.readable(batch)
+        if not len(imgs):
             continue
-        imgs, labels = torch.stack([img for img, _ in batch]), torch.tensor([y for _, y in batch], device=device)
+        labels = labels.to(device)
         with autocast:
-            logits = model.logits(common.normalise(imgs, device))
-        logits = logits.float() if keep is None else logits.float()[:, keep]
+            logits = model.logits(common.normalise(imgs, device)).float()
+        if keep is not None:
+            logits = logits.masked_fill(~keep.to(device), -torch.inf)
         top = logits.topk(min(5, C)).indices  # (B, 5)
         confusion += (labels * C + top[:, 0]).bincount(minlength=C * C)
-        sums += torch.stack(((top == labels.unsqueeze(1)).sum().double(), F.cross_entropy(logits, labels, reduction="sum").double()))
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack(((top == labels.unsqueeze(1)).sum().double(), cross_entropy.double()))
     if dist.is_initialized():
         dist.all_reduce(confusion)
         dist.all_reduce(sums)
@@ -407,32 +418,34 @@ def evaluate(model, device, autocast, due, cfg, source):
     figures, confusion = accuracy(model, source, centre_crop(cfg.eval_size or (cfg.img_size,) * 2, cfg.crop_pct), cfg,
                                   device, autocast)
     if cfg.confusion and common.RANK == 0:
-        write_confusion(confusion, source.classes, Path(cfg.out_dir) / "confusion.csv")
+        path = Path(cfg.out_dir) / "confusion.csv"
+        try:
+            write_confusion(confusion, source.classes, path)
+        except OSError as error:
+            common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
     return figures
 
 
 def write_confusion(confusion, classes, path):
     """A table for any spreadsheet: a row per class with its accuracy, and how often it was taken for each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(["class", "images", "accuracy", *classes])
-        for name, row in zip(classes, confusion.tolist()):
-            i = list(classes).index(name)
+        for i, (name, row) in enumerate(zip(classes, confusion.tolist())):
             table.writerow([name, sum(row), f"{100 * row[i] / max(1, sum(row)):.2f}", *row])
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
 
-def knn(cfg, device, autocast, sources):
+def knn(cfg, weights, device, autocast, sources):
     """Print the accuracy of the frozen encoder's nearest neighbours."""
     vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads)
-    weights = common.read_weights(cfg.init)
     weights["pos_embed"] = common.resize_pos_embed(weights["pos_embed"], vit.grid)
     common.load_weights(vit, weights, cfg.init)
-    limits = [min(len(sources[0]), cfg.knn_images or len(sources[0])), len(sources[1])]
-    figure = common.knn_accuracy(vit.to(device).eval(), cfg, device, autocast, sources, limits=limits)
-    common.say(f"knn        {figure:.2f}% of {limits[1]:,} images, against {limits[0]:,}")
+    limits = (cfg.knn_images or len(sources[0]), len(sources[1]))
+    figure, compared, asked = common.knn_accuracy(vit.to(device).eval(), cfg, device, autocast, sources, limits)
+    common.say(f"knn        {figure:.2f}% of {asked:,} images, against {compared:,}")
 
 
 def main():
@@ -443,19 +456,21 @@ def main():
         cfg, weights, trained_on = sized(cfg)
         device, autocast = common.setup(cfg)
         sources = open_labelled(cfg)
-        classes = [str(c) for c in sources[1].classes]
-        if cfg.mode == "knn":
-            return knn(cfg, device, autocast, sources)
+        classes = [str(c) for c in sources[-1].classes]
+        if cfg.mode == "knn" and not cfg.eval:
+            return knn(cfg, weights, device, autocast, sources)
+        if trained_on not in ([], classes) and not cfg.eval:  # its head is for other things
+            weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
         torch.manual_seed(cfg.seed)
         model = build(cfg, weights, len(classes))
-        common.check(not cfg.eval or not trained_on or trained_on == classes,
-                     f"{cfg.init} was trained on the classes {trained_on[:3]}..., --data has {classes[:3]}...")
+        other = [f"{was}, --data has {now}" for was, now in zip(trained_on, classes) if was != now]
+        common.check(not cfg.eval or not other, f"{cfg.init} was trained on other classes: {' '.join(other[:1])}")
     except ValueError as error:
         common.fail(str(error))
     if not cfg.eval:
         return common.train(cfg, model, samples=Samples(sources[0], cfg), optimizer=make_optimizer,
                             evaluate=functools.partial(evaluate, cfg=cfg, source=sources[1]))
-    figures = evaluate(model.to(device).eval(), device, autocast, bool, cfg, sources[1])
+    figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True, cfg, sources[0])
     common.say("eval       " + "  ".join(f"{k} {v:.6g}" for k, v in figures.items()))
 
 
