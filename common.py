@@ -651,6 +651,9 @@ def vit_sizes(weights, path):
     heads = config.get("num_heads", max(1, D // 64))
     check(D % heads == 0, f"{path}: width {D} is not divisible by {heads} heads")
     depth = len({k.split(".")[1] for k in weights if re.match(r"blocks\.\d+\.", k)})
+    known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
+    more = [k for k in weights if k.startswith(("patch_embed.", "blocks.", "norm_pre", "reg_token")) and not re.match(known, k)]
+    check(not more, f"{path} is another kind of ViT: {len(more)} tensors are unknown here, e.g. {more[:1]}")
     return dict(img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
 
 
@@ -671,6 +674,7 @@ def load_encoder(encoder, path):
     """
     weights, own = read_weights(path), encoder.state_dict()
     load_weights(encoder, weights, path)
+    vit_sizes(weights, path)  # refuses ViTs that compute more
     say(f"init       {len(own)} of {len(own)} encoder tensors from {path}, {len(weights) - len(own)} others left out")
 
 
@@ -1174,7 +1178,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
                      + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
         pause = time.perf_counter()
         if evaluate and not stop_now:
-            line |= measure(step == total or end and pretraining)
+            line |= measure(end)
         if line:
             report(line)
         if "loss" in line and hasattr(model, "warning") and (text := model.warning(line)):

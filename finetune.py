@@ -290,8 +290,7 @@ def brief(names):
 def load_pretrained(model, weights, path, allow_partial=False, need_head=False):
     """Load a Classifier, its position table resized, and say what was used; a head of another size is left out.
 
-    Raises ValueError where anything but head, fc_norm and bn is missing, or the file's blocks compute more than ours
-    (both unless allow_partial), or shapes differ.
+    Raises ValueError where anything but head, fc_norm and bn is missing (unless allow_partial) or of another shape.
     """
     own = model.state_dict()
     weights = dict(weights)
@@ -306,12 +305,8 @@ def load_pretrained(model, weights, path, allow_partial=False, need_head=False):
         used = {k: v for k, v in used.items() if not k.startswith("head.")}
     missing, unexpected = [k for k in own if k not in used], [k for k in weights if k not in used]
     fresh = () if need_head else ("head.", "fc_norm.", "bn.")
-    lacking = [k for k in missing if not k.startswith(fresh)] if fresh else missing
+    lacking = [k for k in missing if not k.startswith(fresh)]
     common.check(allow_partial or not lacking, f"{path} lacks {brief(lacking)}, e.g. {lacking[:1]}; --allow_partial goes on")
-    parts = ("patch_embed.", "norm_pre.", "reg_token", *(f"blocks.{i}." for i in range(len(model.blocks))))
-    more = [k for k in unexpected if k.startswith(parts)]
-    common.check(allow_partial or not more, f"{path} is of another kind of ViT: {brief(more)} too many, e.g. {more[:1]}; "
-                 "--allow_partial leaves them out")
     common.load_weights(model, {**own, **used}, path)
     common.say(f"init       {len(used)} of {len(own)} tensors from {path}: {brief(used)}\n"
                f"           drawn anew: {brief(missing)}; left out: {brief(unexpected)}")

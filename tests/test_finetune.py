@@ -274,7 +274,7 @@ def test_a_run_learns_and_resumes_bitwise(images, encoder, tmp_path, monkeypatch
     for stop in (5, 11, 0):
         main(monkeypatch, f"{flags} --out_dir {tmp_path / 'b'} --max_steps {stop}")
     a, b = (common.load(tmp_path / x / "last.pt") for x in "ab")
-    assert a["step"] == b["step"] == 24 and a["best"] == b["best"]
+    assert a["step"] == b["step"] == 24  # the stops at steps 5 and 11 are measured as well, so the best may differ
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     lines = [line for line in log(tmp_path / "a") if "acc1" in line]
     assert [line["epoch"] for line in lines] == list(range(1, 9)) and lines[-1]["val_images"] == 13
@@ -389,7 +389,6 @@ def test_a_head_of_other_classes_is_drawn_anew(images, best, tmp_path, capsys, m
     for name, anew in (("best", "none"), ("renamed", "head (2)")):
         main(monkeypatch, f"--data {images} --init {tmp_path / name}.pt {FAST} --max_steps 1 --out_dir {tmp_path / name}")
         assert f"drawn anew: {anew};" in capsys.readouterr().out
-    assert not (tmp_path / "best" / "best.pt").exists()  # stopped within an epoch: nothing was evaluated
 
 
 def test_a_full_disk_costs_the_table_only(images, best, tmp_path, capsys, monkeypatch):
@@ -442,7 +441,7 @@ BAD = {
     "--init {best} --eval --reinit_last_k 1": "--last_k and --reinit_last_k go with --mode finetune, and not with --eval",
     "--init {encoder} --mode knn --last_k 1": "--last_k and --reinit_last_k go with --mode finetune",
     "--init {encoder} --micro_batch 1": "mixup, cutmix and --mode linear's batch norm need --micro_batch 2 at least",
-    "--init {tmp}/scaled.pt": "is of another kind of ViT: blocks (3) too many, e.g. ['blocks.0.ls1.gamma']; --allow_partial",
+    "--init {tmp}/scaled.pt": "is another kind of ViT: 3 tensors are unknown here, e.g. ['blocks.0.ls1.gamma']",
     "--init {tmp}/old.pth": "old.pth is damaged, or no file of today's torch.save; convert",
     "--init {encoder} --batch_size 64": "36 images in --data {tmp}/images are fewer than --batch_size 64",
 }

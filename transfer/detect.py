@@ -150,8 +150,9 @@ RECIPES = {
     "deepmim": dict(VITDET, batch_size=16),
     "mae": dict(VITDET, batch_size=64, layer_decay=0.7),
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0, channels=32,
-                  box_loss="l1", proposals=(200, 200), regions=64, epochs=1, drops=(0.24,), warmup=20, batch_size=16, lr=2e-3,
-                  layer_decay=0.9, max_steps=180, eval_images=200, preview_every=0, out_dir="out/quick_detect"),
+                  box_head="2fc", box_loss="l1", proposals=(200, 200), regions=32, epochs=1, drops=(0.144,), warmup=20,
+                  batch_size=8, lr=2e-3, layer_decay=0.9, max_steps=220, eval_every=0.176, eval_images=100, preview_every=0,
+                  out_dir="out/quick_detect"),
 }
 
 
@@ -631,7 +632,7 @@ def paint(img, found, texts=None):
     font = {}
     if texts:
         from matplotlib.font_manager import findfont  # its own font is there everywhere
-        font = dict(labels=texts, font=findfont("DejaVu Sans"), font_size=14)
+        font = dict(labels=texts, font=findfont("DejaVu Sans"), font_size=14, label_colors="white", fill_labels=True)
     return torchvision.utils.draw_bounding_boxes(img, found["boxes"], colors=colours, width=1 + img.shape[1] // 400, **font)
 
 

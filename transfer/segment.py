@@ -528,7 +528,11 @@ def evaluation(cfg, source):
         confusion = sum(common.gather(confusion))
         iou, acc = class_figures(confusion)
         if common.RANK == 0:
-            write_table(Path(cfg.out_dir) / "per_class.txt", source.classes, iou, acc, confusion)
+            path = Path(cfg.out_dir) / "per_class.txt"
+            try:
+                write_table(path, source.classes, iou, acc, confusion)
+            except OSError as error:
+                common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
         return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
                     aAcc=100 * (confusion.diag().sum() / confusion.sum()).item())
     return evaluate
