@@ -622,8 +622,8 @@ def load(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors and plain values; save only its 'model' anew") from None
     except zipfile.BadZipFile:
-        raise ValueError(f"{path} is damaged, or no file of today's torch.save; convert an old .pth or a .safetensors by "
-                         "torch.save of its tensors by name") from None
+        raise ValueError(f"{path} is damaged or not a checkpoint of today's torch.save; convert an old .pth or a "
+                         ".safetensors by torch.save of its tensors by name") from None
     except Exception as error:
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())[:100]})") from None
 
@@ -932,11 +932,12 @@ def pretraining_figures(cfg, source, draw):
     return evaluate
 
 
-def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedule=learning_rate, evaluate=None):
+def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, evaluate=None):
     """Train `model` as `cfg` says; the contract with the model stands at the top of this file.
 
     samples: a data set as `Samples`, with its `source`; none: random crops of --data and what `draw` gives.
-    optimizer(model, cfg): a group may have an "lr_scale".  schedule(step, steps_per_epoch, cfg) -> learning rate.
+    optimizer(model, cfg): a group may have an "lr_scale"; none: `make_optimizer`.
+    schedule(step, steps_per_epoch, cfg) -> learning rate; none: `learning_rate`.
     evaluate(model, device, autocast, due) -> figures by name, on all processes; due(epochs) tells whether their time has
     come. The model of the highest first figure is kept in best.pt. None: kNN and validation loss, which keep none.
     """
@@ -981,7 +982,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=make_optimizer, schedul
     except OSError as error:
         fail(f"--out_dir {out_dir.absolute()} is not writable: {error.strerror}")
     model.to(device)
-    optimizer = optimizer(model, cfg)
+    optimizer, schedule = (optimizer or make_optimizer)(model, cfg), schedule or learning_rate
     if state:
         optimizer.load_state_dict(state["optimizer"])
     best = state.get("best", -math.inf) if state else -math.inf

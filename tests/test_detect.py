@@ -284,6 +284,15 @@ def test_images_without_instances_train_as_background():
     assert not [name for name, p in net.named_parameters() if p.grad is None]
 
 
+@torch.no_grad()
+def test_nothing_found_is_no_error():
+    net = model().eval()
+    net.heads.score_thresh = 1.0
+    found = net.detect([torch.randn(3, 50, 70)])[0]
+    assert {k: v.shape for k, v in found.items()} == dict(boxes=(0, 4), labels=(0,), scores=(0,), masks=(0, 28, 28))
+    assert detect.results(dict(found, masks=detect.paste(found["masks"], found["boxes"], (50, 70))), dict(id=1), IDS) == ([], [])
+
+
 def test_box_losses_are_loops():
     torch.manual_seed(0)
     net, n = model(), 9
@@ -331,6 +340,14 @@ def test_masks_are_those_of_the_label_and_of_the_matched_instance(monkeypatch):
     assert losses[1] < 0.5 < losses[0]
 
 
+def test_boxes_come_back_in_pixels_of_the_image_that_was_given(monkeypatch):
+    net = model().eval()
+    monkeypatch.setattr(net, "run", lambda imgs: (
+        [dict(boxes=torch.tensor([[0.0, 8, 16, 32]])) for _ in imgs], {}, [(64, 32), (32, 64)]))
+    found = net.detect([torch.zeros(3, 32, 16), torch.zeros(3, 64, 128)])
+    assert [f["boxes"].tolist() for f in found] == [[[0, 4, 8, 16]], [[0, 16, 32, 64]]]
+
+
 # --- masks and figures ------------------------------------------------------------------------------------------------
 
 def test_pasted_masks_fill_their_boxes_to_the_pixel():
@@ -370,6 +387,7 @@ def test_truth_as_predictions_is_perfect_whatever_the_ids(tmp_path):
         assert precision(source) == pytest.approx([1, 1]), name
     source = detect.Coco(tmp_path, "val")
     assert list(source.ids) == [3, 7, 90] and source.classes == ["c3", "c7", "c90"]
+    assert [len(source.record(0)["annotations"]), len(detect.targets(source.record(0), source.ids)["labels"])] == [3, 2]  # crowd
     record = source.record(1)
     boxes, masks = detect.results(truth_as_found(record, source.ids), record, source.ids)
     raw = json.loads((tmp_path / "annotations/instances_val2017.json").read_text())["annotations"]
@@ -656,7 +674,7 @@ def unfinished(root):
 
 
 @pytest.mark.parametrize("damage, flags, says", [
-    (tear, "", "instances_train2017.json: "),
+    (tear, "", "instances_train2017.json is no readable JSON"),
     (lambda root: (root / "annotations/instances_val2017.json").unlink(), "", "instances_val2017.json is missing; "),
     (lambda root: (root / "train2017/3.png").unlink(), "", "1 of 6 images are not in"),
     (lambda root: edit(root, lambda f: f["annotations"][2].update(image_id=5)), "", "is of image 5, which is not under"),
@@ -668,6 +686,7 @@ def unfinished(root):
     (lambda root: edit(root, lambda f: f["images"].append(f["images"][0])), "", "two images have the same id"),
     (lambda root: edit(root, lambda f: f.pop("categories")), "", "there is no list under 'categories'"),
     (lambda root: edit(root, lambda f: f["categories"][0].update(name="other")), "", "have different categories"),
+    (lambda root: edit(root, lambda f: f["annotations"].clear(), "val"), "", "nothing to train on or compare with"),
     (None, "--data nowhere", "nowhere is not a folder"),
     (None, "--data {root}/annotations", "instances_train2017.json is missing"),
     (other_weights, "--init {root}/other.pt", "holds no ViT: patch_embed.proj.weight is missing"),

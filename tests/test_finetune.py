@@ -442,7 +442,7 @@ BAD = {
     "--init {encoder} --mode knn --last_k 1": "--last_k and --reinit_last_k go with --mode finetune",
     "--init {encoder} --micro_batch 1": "mixup, cutmix and --mode linear's batch norm need --micro_batch 2 at least",
     "--init {tmp}/scaled.pt": "is another kind of ViT: 3 tensors are unknown here, e.g. ['blocks.0.ls1.gamma']",
-    "--init {tmp}/old.pth": "old.pth is damaged, or no file of today's torch.save; convert",
+    "--init {tmp}/old.pth": "old.pth is damaged or not a checkpoint of today's torch.save; convert",
     "--init {encoder} --batch_size 64": "36 images in --data {tmp}/images are fewer than --batch_size 64",
 }
 

@@ -167,8 +167,12 @@ class Coco:
             if not part.exists():
                 common.fail(f"--data {part.absolute()} is missing; {root} must hold {split}2017/ and annotations/{path.name}")
         try:
-            self.read(json.loads(path.read_bytes()), split)
+            file = json.loads(path.read_bytes())
         except (ValueError, OSError) as error:
+            common.fail(f"--data {path.absolute()} is no readable JSON ({error}); is it whole?")
+        try:
+            self.read(file, split)
+        except ValueError as error:
             common.fail(f"--data {path.absolute()}: {error}")
 
     def read(self, file, split):
@@ -216,7 +220,7 @@ class Coco:
                 or not all(a["iscrowd"] for a in r["annotations"])]
         if len(kept) < len(records):
             common.say(f"data       {len(records) - len(kept)} images with nothing but crowds are left out of training")
-        check(kept, "there is no image to take")
+        check(kept if split == "train" else any(r["annotations"] for r in kept), "there is nothing to train on or compare with")
         # One array of bytes: dicts would be copied into every worker, reference by reference.
         blobs = [pickle.dumps(r) for r in kept]
         self.ends = np.cumsum([len(b) for b in blobs])
@@ -722,9 +726,10 @@ def evaluation(cfg, source):
             path = Path(cfg.out_dir) / f"results_{kind}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(entries))
-            values = [100 * v for v in average_precision(records, source, entries, kind)]
-            figures |= {name: values[0], f"{name}50": values[1]}
-            rest |= {f"{name}/{k}": v for k, v in zip(("75", "small", "medium", "large"), values[2:]) if v >= 0}  # -1: none
+            values = average_precision(records, source, entries, kind)
+            values = {k: 100 * v for k, v in zip(("", "50", "/75", "/small", "/medium", "/large"), values) if v >= 0}  # -1: none
+            figures |= {f"{name}{k}": values.pop(k, 0.0) for k in ("", "50")}
+            rest |= {f"{name}{k}": v for k, v in values.items()}
         return figures | rest
     return evaluate
 
@@ -732,7 +737,7 @@ def evaluation(cfg, source):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
-SAVED = (*SIZES, "style", "img_size", "table", "layer_scale", "window", "channels", "box_head", "box_loss", "num_classes")
+SAVED = (*SIZES, "style", "img_size", "table", "layer_scale", "window", "channels", "box_head", "proposals", "num_classes")
 
 
 def fit(cfg):
@@ -807,10 +812,11 @@ def main():
             img = v2.functional.pil_to_tensor(common.to_rgb(Image.open(cfg.predict)))
         except Exception as error:  # broken files raise nearly anything
             common.fail(f"--predict {cfg.predict}: {error}")
-        img = v2.functional.resize(img, 640, max_size=1280)  # the size of the picture; one of a camera would fill the memory
         with autocast:
             found = model.to(device).eval().detect([common.normalise(img, device)])[0]
-        sure = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}
+        sure, size = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}, img.shape[1:]
+        img = v2.functional.resize(img, 640, max_size=1280)  # the size of the picture; masks of a camera's fill the memory
+        sure["boxes"] = resize_boxes(sure["boxes"], size, img.shape[1:])
         sure["masks"] = paste(sure["masks"], sure["boxes"], img.shape[1:])
         texts = [f"{classes[y - 1]} {s:.0%}" for y, s in zip(sure["labels"].tolist(), sure["scores"].tolist())]
         out_dir.mkdir(parents=True, exist_ok=True)
