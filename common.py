@@ -636,10 +636,15 @@ def read_weights(path):
     return {k.removeprefix("encoder."): v for k, v in weights.items()}
 
 
+def usual_heads(embed_dim):
+    """Number of heads of a ViT whose file does not say: 64 channels each, but 80 in MAE's and timm's ViT-H."""
+    return 16 if embed_dim == 1280 else max(1, embed_dim // 64)
+
+
 def vit_sizes(weights, path):
     """Sizes of the ViT that such weights are of -> img_size, patch_size, embed_dim, depth, num_heads by name.
 
-    Heads leave no trace in the weights: encoder.pt says how many, otherwise they are 64 wide as in every ViT of timm.
+    Heads leave no trace in the weights: encoder.pt says how many, otherwise they are as usual.
     Raises ValueError where they are no ViT's.
     """
     for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("cls_token", 3)):
@@ -648,7 +653,7 @@ def vit_sizes(weights, path):
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     check(side ** 2 == weights["pos_embed"].shape[1] - 1, f"{path} has a pos_embed of {side ** 2} patches, no square")
     config = load(path).get("config") or {}
-    heads = config.get("num_heads", max(1, D // 64))
+    heads = config.get("num_heads", usual_heads(D))
     check(D % heads == 0, f"{path}: width {D} is not divisible by {heads} heads")
     depth = len({k.split(".")[1] for k in weights if re.match(r"blocks\.\d+\.", k)})
     known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."

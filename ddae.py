@@ -105,7 +105,7 @@ class Config(common.PretrainConfig):
         N = (self.img_size // self.patch_size) ** 2
         check(0 < self.mask_ratio < 1, f"--mask_ratio {self.mask_ratio} must be between 0 and 1, e.g. 0.75")
         check(0 < int(N * (1 - self.mask_ratio)) < N, f"--mask_ratio {self.mask_ratio} of {N} patches leaves "
-              f"no visible or no masked patch; use {1 / N:.3g} to {1 - 1 / N:.3g}")
+              f"no visible or no masked patch; use {1 / N:.3g} to {1 - 1.5 / N:.3g}")
 
 
 PRESETS = {

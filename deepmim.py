@@ -16,20 +16,21 @@ One training step, `DeepMIM.forward`:
 Shapes: B images, N patches = V visible + M masked, P numbers per patch, D width, K supervised blocks, C target numbers.
 
 `--target` swaps x for HOG, DINO or CLIP features, or for the tokens of a codebook (Table 11; targets.py). `--taps 12
---decoder_depth 8` is exactly MAE.
+--decoder_depth 8` is MAE's model and loss; its code has weight decay on [CLS], which is spared here.
 
 Differs from, or is not said in, the paper:
   - taps before the last are raw block outputs, as in the code; the last one passes the encoder's norm
   - squared errors are means over a patch's numbers, as in MAE; the printed norms are sums
-  - features of DINO and CLIP are compared by 2 - 2 cos, as in the code; the paper calls it l2, which it is after
-    normalisation
+  - features of DINO and CLIP are compared by 2 - 2 cos, as the code does for CLIP; the paper calls it l2, which it is
+    after normalisation
+  - the codebook is BEiT v2's; the paper's, PeCo's, is not public
   - hybrid targets blend normalised pixels, so that a blurred x_hat stays faint; `--hybrid_space raw` blends pixels first
     and normalises after, which the paper's Eq. 1 may also mean. The released code never blends
   - semantic-guided masks take their parts from k-means of DINO tokens, where SemMAE has a part network of its own
   - other depths: taps at 1/2, 2/3, 5/6 and all of the blocks
 
 Run:
-    python deepmim.py --preset quick                                    # generated images, 2 CPU cores, about a minute
+    python deepmim.py --preset quick                                    # generated images, 2 CPU cores, a minute and a half
     torchrun --nproc_per_node=8 deepmim.py --epochs 300 --data IMAGENET # the paper's ablation recipe, ViT-B
 Expect: normalised pixels cost 1.0 per tap when predicted as the patch mean; the deepest tap ends lowest.
 """
@@ -53,7 +54,7 @@ class Config(common.PretrainConfig):
     embed_dim: int = 768  # [paper Sec. 5] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024
     depth: int = 12  # [paper Sec. 5] encoder blocks; ViT-L 24
     num_heads: int = 12  # [paper Sec. 5] attention heads; ViT-S 6, ViT-L 16
-    mask: Literal["random", "semantic_guided", "semantic_aware"] = "random"  # [paper Table 12] MAE's, SemMAE's, MILAN's
+    mask: Literal["random", "semantic_guided", "semantic_aware"] = "random"  # [paper Table 12] MAE's, SemMAE's, MILAN's; with --hybrid there
     mask_file: str = ""  # [paper Table 12] teacher of a semantic mask: DINO's file for guided, CLIP's for aware
     mask_ratio: float = 0.75  # [paper App. A] share of patches hidden from the encoder
     taps: tuple[int, ...] = ()  # [paper Table 8] supervised blocks, none: depth * 1/2, 2/3, 5/6, 1, that is 6 8 10 12
@@ -61,7 +62,8 @@ class Config(common.PretrainConfig):
     target: Literal["pixel", "hog", "dino", "clip", "codebook"] = "pixel"  # [paper Table 11] what masked patches predict
     target_file: str = ""  # [paper Table 11] the frozen teacher's weights for dino, clip or codebook
     norm_pix: bool = True  # [code: MAE] normalise each patch of the pixel target
-    hybrid: str = ""  # [paper Eq. 1] a trained MAE with its decoder: last.pt of `deepmim.py --taps 12`, or MAE's own file
+    hybrid: str = ""  # [paper Eq. 1] trained model with a decoder: last.pt of this script, MAE's mae_visualize_* or *_full
+    hybrid_norm_pix: Literal["file", "yes", "no"] = "file"  # [ours] it predicts normalised pixels: *_full yes, *_visualize_* no
     alpha: tuple[float, ...] = ()  # [paper Table 9] share of the image in each tap's hybrid target; none: 0 to 1 evenly
     hybrid_space: Literal["normalised", "raw"] = "normalised"  # [ours] blend after or before pixels are normalised
     decoder_depth: int = 4  # [paper Sec. 3] blocks in each decoder; MAE 8
@@ -72,7 +74,7 @@ class Config(common.PretrainConfig):
     batch_size: int = 4096  # [paper App. A] images per optimiser step, over all processes
     base_lr: float = 1.5e-4  # [paper App. A] learning rate = base_lr * batch_size / 256
     min_lr: float = 0.0  # [code] learning rate at the end of the cosine
-    weight_decay: float = 0.05  # [paper App. A] not on biases, norms, position table, cls token
+    weight_decay: float = 0.05  # [paper App. A] not on biases, norms, position table, cls token (which are ours to spare)
     adam_betas: tuple[float, ...] = (0.9, 0.95)  # [code] AdamW's two moments
     crop_min: float = 0.2  # [code] smallest area of the random crop, share of the image
 
@@ -101,7 +103,7 @@ class Config(common.PretrainConfig):
         N = (self.img_size // self.patch_size) ** 2
         check(0 < self.mask_ratio < 1, f"--mask_ratio {self.mask_ratio} must be between 0 and 1, e.g. 0.75")
         check(0 < int(N * (1 - self.mask_ratio)) < N, f"--mask_ratio {self.mask_ratio} of {N} patches leaves "
-              f"no visible or no masked patch; use {1 / N:.3g} to {1 - 1 / N:.3g}")
+              f"no visible or no masked patch; use {1 / N:.3g} to {1 - 1.5 / N:.3g}")
 
 
 NEEDS = {  # what to say when a teacher's file is not given
@@ -291,7 +293,7 @@ def semantic_guided(tokens, ids_shuffle, ratio, whole, k=6):
 
 def kmeans(tokens, first, iterations=10):
     """Spherical k-means of each image's tokens (B, N, D), from the tokens `first` (B, k) -> cluster of each (B, N)."""
-    tokens = F.normalize(tokens.float(), dim=-1)
+    tokens = F.normalize(tokens.double(), dim=-1)  # autocast leaves double alone; in bf16 neighbours would tie
     centres = take(tokens, first)  # (B, k, D)
     for _ in range(iterations):
         member = F.one_hot((tokens @ centres.transpose(1, 2)).argmax(-1), first.shape[1]).to(tokens)  # (B, N, k)
@@ -360,18 +362,23 @@ class Decoder(nn.Module):
 class Generator(nn.Module):
     """A trained MAE that makes hybrid targets, frozen: its parameters become buffers that no checkpoint holds.
 
-    path: last.pt of `deepmim.py --taps N`, or MAE's file with its decoder. Raises ValueError if it is neither, or of
-    other patches than the student's.
+    path: last.pt of this script, whose deepest decoder counts, or MAE's file with its decoder, which does not say whether
+    pixels were normalised: norm_pix "yes" or "no". Raises ValueError if it is neither, or of other patches.
     """
 
-    def __init__(self, path, img_size, patch_size):
+    def __init__(self, path, img_size, patch_size, norm_pix="file"):
         super().__init__()
         file = common.load(path)
-        config, weights = file.get("config", {}) if isinstance(file, dict) else {}, targets.read(path)
-        weights = {k.removeprefix("encoder.").removeprefix("decoders.0."): v for k, v in weights.items()}
-        for name in ("pos_embed", "decoder_embed.weight", "decoder_pred.weight"):
-            common.check(name in weights, f"--hybrid {path} lacks {name}; it takes last.pt of `deepmim.py --taps N`, "
-                         "or MAE's file with the decoder")
+        config, weights = file.get("config") or {} if isinstance(file, dict) else {}, targets.read(path)
+        deepest = max((int(k.split(".")[1]) for k in weights if k.startswith("decoders.")), default=0)
+        weights = {k.removeprefix("encoder.").removeprefix(f"decoders.{deepest}."): v for k, v in weights.items()}
+        for name, ndim in (("pos_embed", 3), ("decoder_embed.weight", 2), ("decoder_pred.weight", 2)):
+            common.check(name in weights and weights[name].ndim == ndim, f"--hybrid {path} lacks {name}; it takes last.pt of "
+                         "deepmim.py, or MAE's file with the decoder")
+        target = config.get("target", "pixel")
+        common.check(target == "pixel", f"--hybrid {path} predicts {target}, not pixels")
+        common.check("norm_pix" in config or norm_pix != "file", f"--hybrid {path} does not say whether it predicts normalised "
+                     "pixels; give --hybrid_norm_pix yes (mae_pretrain_*_full) or no (mae_visualize_*)")
         D, Dd = weights["pos_embed"].shape[-1], len(weights["decoder_embed.weight"])
         P, N = len(weights["decoder_pred.weight"]), weights["pos_embed"].shape[1] - 1
         common.check((P, N) == (3 * patch_size ** 2, (img_size // patch_size) ** 2),
@@ -379,8 +386,8 @@ class Generator(nn.Module):
                      f"{(img_size // patch_size) ** 2} of {patch_size} px; they must be the same")
         depth, decoder_depth = (len({k for k in weights if k.startswith(part) and k.endswith("norm1.weight")})
                                 for part in ("blocks.", "decoder_blocks."))
-        self.norm_pix = config.get("norm_pix", True)
-        self.encoder = ViT(img_size, patch_size, D, depth, config.get("num_heads", D // 64))
+        self.norm_pix = config["norm_pix"] if norm_pix == "file" else norm_pix == "yes"
+        self.encoder = ViT(img_size, patch_size, D, depth, config.get("num_heads", common.usual_heads(D)))
         self.decoder = Decoder(D, Dd, decoder_depth, config.get("decoder_heads", 16), self.encoder.grid, P)
         for part in (self.encoder, self.decoder):
             common.load_weights(part, weights, path)
@@ -403,7 +410,7 @@ class DeepMIM(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mask="random", mask_file="",
                  mask_ratio=0.75, taps=(), shared_decoder=False, target="pixel", target_file="", norm_pix=True, hybrid="",
-                 alpha=(), hybrid_space="normalised", decoder_depth=4, decoder_dim=512, decoder_heads=16):
+                 hybrid_norm_pix="file", alpha=(), hybrid_space="normalised", decoder_depth=4, decoder_dim=512, decoder_heads=16):
         super().__init__()
         self.mask, self.mask_ratio, self.target, self.norm_pix = mask, mask_ratio, target, norm_pix
         self.hybrid_space, self.patch_size = hybrid_space, patch_size
@@ -417,11 +424,11 @@ class DeepMIM(nn.Module):
             Decoder(embed_dim, decoder_dim, decoder_depth, decoder_heads, self.grid, out_dim)
             for _ in range(1 if shared_decoder else len(self.taps)))
         self.teacher = teacher
-        self.mask_teacher = {"random": lambda path: None, "semantic_guided": targets.dino,
-                             "semantic_aware": targets.clip}[mask](mask_file)
-        self.generator = Generator(hybrid, img_size, patch_size) if hybrid else None
+        mask_teacher = {"semantic_guided": targets.dino, "semantic_aware": targets.clip}
+        self.mask_teacher = mask_teacher[mask](mask_file) if mask_file else None
+        self.generator = Generator(hybrid, img_size, patch_size, hybrid_norm_pix) if hybrid else None
         K = len(self.taps)
-        alpha = alpha or [i / max(1, K - 1) for i in range(K)]  # 0, 1/3, 2/3, 1
+        alpha = alpha or [1 - i / max(1, K - 1) for i in reversed(range(K))]  # 0, 1/3, 2/3, 1
         self.register_buffer("alpha", torch.tensor(alpha).view(K, 1, 1, 1), persistent=False)
         self.register_buffer("whole", torch.zeros(()))  # how far SemMAE's schedule is; saved, so that a resumed run knows
 

@@ -33,10 +33,10 @@ def hog(imgs, patch_size):
     Per colour channel: Sobel gradients, their strength added to one of 9 unsigned directions, summed over cells of half
     a patch, each cell's histogram of length 1. [MaskFeat Sec. 3.2; SlowFast's HOGLayerC without Gaussian window]
     """
-    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=imgs.device)
-    x = F.pad(imgs.float().flatten(0, 1).unsqueeze(1), (1, 1, 1, 1), mode="reflect")  # (B*3, 1, H+2, W+2)
-    with torch.autocast(imgs.device.type, enabled=False):  # directions of weak gradients need fp32
-        gx, gy = F.conv2d(x, torch.stack((kernel, kernel.T)).unsqueeze(1)).unbind(1)  # (B*3, H, W)
+    x = F.pad(imgs.float().flatten(0, 1), (1, 1, 1, 1), mode="reflect")  # (B*3, H+2, W+2)
+    # Sobel by sums, since a convolution may run in bf16 or TF32, and directions of weak gradients need fp32.
+    rows, cols = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:], x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+    gx, gy = rows[..., :-2] - rows[..., 2:], cols[:, :-2] - cols[:, 2:]  # (B*3, H, W)
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9
     votes = torch.zeros(len(gx), 9, *gx.shape[1:], device=imgs.device)
     votes.scatter_(1, bins.unsqueeze(1), torch.hypot(gx, gy).unsqueeze(1))
@@ -111,7 +111,7 @@ class Teacher(nn.Module):
 
 
 def dino(path):
-    """Teacher from DINO's released backbone, or any ViT state dict under timm's names."""
+    """Teacher from DINO's released backbone, or a plain ViT of timm with 64 channels per head."""
     return Teacher(checked(read(path), path), common.MEAN, common.STD)
 
 
@@ -140,7 +140,8 @@ def codebook(path):
     found = read(path)
     weights = {k.removeprefix("encoder.").replace("fc_norm", "norm"): v for k, v in found.items()
                if k.startswith("encoder.")}
-    for name in [k for k in weights if k.endswith("attn.q_bias") and k.replace("q_bias", "v_bias") in weights]:  # BEiT's attention has no bias on keys
+    for name in [k for k in weights if k.endswith("attn.q_bias") and k.replace("q_bias", "v_bias") in weights]:
+        # BEiT's attention has no bias on keys.
         q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
         weights[name.replace("q_bias", "qkv.bias")] = torch.cat((q, torch.zeros_like(q), v))
     extra = [f"encode_task_layer.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")] + ["quantize.embedding.weight"]
@@ -200,7 +201,9 @@ def checked(weights, path, without=(), extra=()):
             wrong.append(f"{name} is missing")
         elif shape and (len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape))):
             wrong.append(f"{name} is {found}, not {tuple(n or '*' for n in shape)}")
+    wrong += [f"{name} is unknown" for name in weights if name not in shapes  # it would compute something else
+              and name.startswith(("blocks.", "norm_pre", "reg_token", "dist_token"))]
     common.check(not wrong, f"{path} is no such teacher ({len(wrong)} of {len(shapes)} tensors do not fit): "
                  + "; ".join(wrong[:5]))
-    common.check(D % 64 == 0, f"{path} has width {D}, not a multiple of 64")
+    common.check(D % 64 == 0 and D != 1280, f"{path} has width {D}, whose heads are not known to have 64 channels")
     return {name: weights[name] for name in shapes}

@@ -34,7 +34,6 @@ METHODS = {
     "deepmim": "deepmim.py --decoder_depth 2",
     "ddae": "ddae.py --K 3 --momentum 0.99 --decoder_depth 2",
     "sdae": "sdae.py --drop_path 0 --decoder_depth 2",
-    "sdae_token": "sdae.py --drop_path 0 --decoder_depth 2 --cosine_axis token",
 }
 TRAIN = "--preview_every 0 --log_every 50"
 FINETUNE = f"--recipe quick --epochs 2 --warmup_epochs 0.4 {TRAIN}"

@@ -151,6 +151,25 @@ def test_a_perfect_generator_makes_alpha_irrelevant(space, generator_file, monke
         torch.testing.assert_close(target, perfect, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_generator_takes_the_deepest_decoder(tmp_path):
+    """last.pt of an ordinary run has a decoder per tap; only the last one was trained on what the generator feeds it."""
+    model, (imgs, ids) = make(), batch()
+    config = dict(norm_pix=True, num_heads=model.encoder.blocks[0].attn.num_heads,
+                  decoder_heads=model.decoders[0].decoder_blocks[0].attn.num_heads)
+    torch.save(dict(model=model.state_dict(), config=config), tmp_path / "deep.pt")
+    want = model.decode(model.encode(imgs, ids[:, :16]), ids)[-1]
+    torch.testing.assert_close(deepmim.Generator(tmp_path / "deep.pt", 32, 4)(imgs, ids[:, :16], ids), want)
+    assert make(hybrid=str(tmp_path / "deep.pt"), taps=(model.taps[-1],)).alpha.flatten().tolist() == [1.0]
+    torch.save(dict(model=model.state_dict(), config=config | dict(target="dino")), tmp_path / "dino.pt")
+    with pytest.raises(ValueError, match="dino.pt predicts dino, not pixels"):
+        deepmim.Generator(tmp_path / "dino.pt", 32, 4)
+    torch.save(dict(model=model.state_dict()), tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="does not say whether it predicts normalised pixels; give --hybrid_norm_pix"):
+        deepmim.Generator(tmp_path / "bare.pt", 32, 4)
+    assert not deepmim.Generator(tmp_path / "bare.pt", 32, 4, "no").norm_pix
+
+
 def test_generator_from_maes_own_names_and_with_raw_pixels(generator_file, tmp_path):
     state = torch.load(generator_file, weights_only=True)
     names = {k.removeprefix("encoder.").removeprefix("decoders.0."): v for k, v in state["model"].items()}
@@ -395,12 +414,48 @@ def test_errors_of_feature_and_token_targets():
     torch.testing.assert_close(model.compare(pred, ids), torch.tensor(want, dtype=torch.float32), atol=1e-5, rtol=1e-5)
 
 
-def test_targets_are_of_the_masked_patches(dino_file):
+@pytest.mark.parametrize("target", ["dino", "clip", "hog", "codebook"])
+def test_targets_are_of_the_masked_patches(target, dino_file, tmp_path):
     imgs, ids = batch()
-    model = make(target="dino", target_file=str(dino_file))
-    whole = targets.dino(dino_file)(imgs, (8, 8))
+    torch.save(clip_weights(), tmp_path / "clip.pt")
+    codebook_file(tmp_path / "codebook.pt")
+    file = dict(dino=dino_file, clip=tmp_path / "clip.pt", hog="", codebook=tmp_path / "codebook.pt")[target]
+    model = make(target=target, target_file=str(file))
+    whole = targets.hog(imgs, 4) if target == "hog" else getattr(targets, target)(file)(imgs, (8, 8))
     got = model.teach(imgs, ids)[0]
     assert all(torch.equal(got[b, j], whole[b, ids[b, 16 + j]]) for b in range(3) for j in range(48))
+
+
+def test_masks_come_from_the_mask_teacher(dino_file, tmp_path):
+    imgs, ids = batch()
+    torch.save(clip_weights(), tmp_path / "clip.pt")
+    guided = make(mask="semantic_guided", mask_file=str(dino_file))
+    tokens, _ = targets.dino(dino_file).tokens(imgs, (8, 8))
+    assert torch.equal(guided.reorder(imgs, ids), deepmim.semantic_guided(tokens[:, 1:], ids, 0.75, torch.zeros(())))
+    aware = make(mask="semantic_aware", mask_file=str(tmp_path / "clip.pt"))
+    _, attention = targets.clip(tmp_path / "clip.pt").tokens(imgs, (8, 8))
+    assert torch.equal(aware.reorder(imgs, ids), deepmim.semantic_aware(attention, ids))
+    assert not torch.equal(aware.reorder(imgs, ids), ids)
+    tokens = torch.randn(3, 64, 24).cumsum(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = deepmim.kmeans(tokens, ids[:, :6])
+    assert torch.equal(low, deepmim.kmeans(tokens, ids[:, :6]))
+
+
+@torch.no_grad()
+def test_preview_of_a_perfect_student_is_the_image(monkeypatch):
+    model, (imgs, ids) = make().eval(), batch()
+    perfect = deepmim.normalise_patches(deepmim.take(deepmim.patchify(imgs, 4), ids[:, 16:]))[0]
+    monkeypatch.setattr(model, "decode", lambda latent, ids: perfect.expand(len(latent), -1, -1, -1))
+    panels = model.preview(imgs, ids)
+    blocks = [title for title in panels if title.startswith("block")]
+    assert len(blocks) == len(model.taps) and list(panels)[:2] == ["input", "masked"]
+    for title in blocks:
+        torch.testing.assert_close(panels[title], imgs, atol=1e-4, rtol=1e-4)
+    for b in range(3):
+        for place, n in enumerate(ids[b].tolist()):
+            patch = (b, slice(None), slice(n // 8 * 4, n // 8 * 4 + 4), slice(n % 8 * 4, n % 8 * 4 + 4))
+            assert torch.equal(panels["masked"][patch], imgs[patch]) == (place < 16)
 
 
 # --- as a user runs it --------------------------------------------------------------------------------------------------
@@ -493,7 +548,7 @@ def test_bad_input(flags, tmp_path, dino_file, monkeypatch, capsys):
 def test_recipe_and_text():
     cfg = common.parse(deepmim.Config, deepmim.PRESETS, argv=[])
     paper = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mask="random", mask_ratio=0.75,
-                 taps=(), shared_decoder=False, target="pixel", norm_pix=True, hybrid="", alpha=(), decoder_depth=4,
+                 taps=(), shared_decoder=False, target="pixel", norm_pix=True, hybrid="", hybrid_norm_pix="file", alpha=(), decoder_depth=4,
                  decoder_dim=512, decoder_heads=16, epochs=300, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4, min_lr=0,
                  weight_decay=0.05, adam_betas=(0.9, 0.95), crop_min=0.2, hybrid_space="normalised", target_file="",
                  mask_file="")

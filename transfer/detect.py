@@ -727,7 +727,8 @@ def evaluation(cfg, source):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(entries))
             values = average_precision(records, source, entries, kind)
-            values = {k: 100 * v for k, v in zip(("", "50", "/75", "/small", "/medium", "/large"), values) if v >= 0}  # -1: none
+            parts = ("", "50", "/75", "/small", "/medium", "/large")
+            values = {k: 100 * v for k, v in zip(parts, values) if v >= 0}  # -1: there are no such instances
             figures |= {f"{name}{k}": values.pop(k, 0.0) for k in ("", "50")}
             rest |= {f"{name}{k}": v for k, v in values.items()}
         return figures | rest
