@@ -400,6 +400,18 @@ def test_truth_as_predictions_is_perfect_whatever_the_ids(tmp_path):
         json.dumps(m)
 
 
+def test_pictures_show_every_instance_and_the_surest_on_top():
+    img, masks = torch.full((3, 20, 30), 100, dtype=torch.uint8), torch.zeros(2, 20, 30, dtype=torch.bool)
+    masks[0, 5:15, 5:20] = masks[1, 5:15, 12:28] = True
+    boxes = torch.tensor([[5.0, 5, 20, 15], [12, 5, 28, 15]])
+    picture = detect.paint(img, dict(boxes=boxes, masks=masks, labels=torch.tensor([1, 300])))
+    first, both, second, none = (picture[:, 10, x].tolist() for x in (8, 16, 24, 2))
+    assert none == [100] * 3 and len({tuple(c) for c in (none, first, both, second)}) == 4
+    for lower, found in ((none, first), (second, both)):  # half what lies below, half the first one's colour
+        assert abs(2 * np.array(found) - lower - detect.palette(254)[0]).max() <= 2
+    assert detect.paint(img, dict(boxes=boxes[:0])) is img
+
+
 def test_all_encodings_of_a_mask_are_the_same():
     mask = np.zeros((9, 11), np.uint8)
     mask[2:6, 3:8] = 1
@@ -482,12 +494,12 @@ def test_odd_annotations(tmp_path, capsys):
         a[:] = [x for x in a if x["image_id"] not in (100, 101, 102)]
         one = dict(id=50, image_id=101, category_id=7, iscrowd=0, segmentation=[[5, 5, 6, 5, 6, 6, 5, 6]], bbox=[5, 5, 1, 1])
         a += [dict(one, image_id=100, iscrowd=1, segmentation=dict(size=size, counts=[0, size[0] * size[1]])),
-              one, dict(one, id=51, bbox=[5, 5, 0, 9]), dict(one, id=52, segmentation=[])]
+              one, dict(one, id=51, bbox=[5, 5, 0, 9]), dict(one, id=52, bbox=[5, 5, 9, 0]), dict(one, id=53, segmentation=[])]
 
     edit(root, change)
     source = detect.Coco(root, "train")
     out = capsys.readouterr().out
-    assert "1 images with nothing but crowds" in out and "2 annotations" in out and "annotation 51" in out
+    assert "1 images with nothing but crowds" in out and "3 annotations" in out and "annotation 51" in out
     assert [source.record(i)["id"] for i in range(len(source))] == [101, 102, 103, 104, 105]
     for style in ("taps", "vitdet"):
         samples = detect.Scenes(source, config(f"--style {style} --scale 1 1"))

@@ -150,8 +150,8 @@ RECIPES = {
     "deepmim": dict(VITDET, batch_size=16),
     "mae": dict(VITDET, batch_size=64, layer_decay=0.7),
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0, channels=32,
-                  box_head="2fc", box_loss="l1", proposals=(200, 200), regions=32, epochs=1, drops=(0.144,), warmup=20,
-                  batch_size=8, lr=2e-3, layer_decay=0.9, max_steps=220, eval_every=0.176, eval_images=100, preview_every=0,
+                  box_head="2fc", box_loss="l1", proposals=(200, 200), regions=32, epochs=1, drops=(0.2,), warmup=20,
+                  batch_size=8, lr=2e-3, layer_decay=0.9, max_steps=300, eval_every=0.24, eval_images=100, preview_every=0,
                   out_dir="out/quick_detect"),
 }
 
@@ -567,7 +567,8 @@ class MaskRCNN(nn.Module):
         self.backbone = Backbone(style, img_size, table, patch_size, embed_dim, depth, num_heads, drop_path, layer_scale,
                                  window, checkpointing)
         self.pyramid = (SimplePyramid if vitdet else TapPyramid)(embed_dim, C)
-        # Images come normalised and, in training, resized. The divisor keeps all strides whole: 800 / 64 gives p6 13 rows.
+        # Images come normalised and, in training, resized. The divisor keeps strides whole: torchvision divides sizes to
+        # find them, and of 800 rows, which are 13 in the coarsest map, it would make 61 instead of 64.
         self.transform = GeneralizedRCNNTransform(S, S if vitdet else S * 5 // 3, [0.0] * 3, [1.0] * 3, _skip_resize=True,
                                                   size_divisible=S if vitdet else 4 * patch_size)
         anchors = AnchorGenerator(tuple((2 * patch_size * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
@@ -631,8 +632,9 @@ def paint(img, found, texts=None):
     """Boxes and masks (n, H, W) over an image uint8 (3, H, W), a colour per label, with a text at each box -> such an image."""
     if not len(found["boxes"]):
         return img
-    colours = [tuple(palette(254)[y % 254].tolist()) for y in found["labels"].tolist()]
-    img = torchvision.utils.draw_segmentation_masks(img, found["masks"].bool(), 0.5, colours)
+    colours = [tuple(palette(254)[(y - 1) % 254].tolist()) for y in found["labels"].tolist()]
+    for mask, colour in zip(found["masks"].bool().flip(0), colours[::-1]):  # the surest last; all at once, overlaps stay bare
+        img = torchvision.utils.draw_segmentation_masks(img, mask, 0.5, colour)
     font = {}
     if texts:
         from matplotlib.font_manager import findfont  # its own font is there everywhere
@@ -724,8 +726,11 @@ def evaluation(cfg, source):
         for j, (kind, name) in enumerate((("bbox", "APb"), ("segm", "APm")), 1):
             entries = [e for item in everything for e in item[j]]
             path = Path(cfg.out_dir) / f"results_{kind}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(entries))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(entries))
+            except OSError as error:
+                common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
             values = average_precision(records, source, entries, kind)
             parts = ("", "50", "/75", "/small", "/medium", "/large")
             values = {k: 100 * v for k, v in zip(parts, values) if v >= 0}  # -1: there are no such instances
