@@ -74,7 +74,7 @@ class RunConfig:
     micro_batch: int = 0  # [ours] images per process and forward pass; 0: batch_size / processes, no accumulation
     num_workers: int = -1  # [ours] data workers per process; -1: the cores divided among processes, at most 10
     seed: int = 0  # [ours] of everything random
-    clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping, as in MAE and BootMAE
+    clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping, as in MAE's and BootMAE's pretraining
     max_steps: int = 0  # [ours] stop and save after this many optimiser steps; the schedule still spans all epochs
     log_every: int = 20  # [ours] steps between lines of the log
     save_every: float = 1.0  # [ours] epochs between checkpoints; fractions are fine here and below
@@ -85,7 +85,7 @@ class RunConfig:
         for f in dataclasses.fields(self):
             values = getattr(self, f.name) if isinstance(getattr(self, f.name), tuple) else (getattr(self, f.name),)
             check(all(math.isfinite(v) for v in values if isinstance(v, float)), f"--{f.name} must be finite")
-        above(0, self, "epochs batch_size base_lr log_every save_every")
+        above(0, self, "epochs batch_size log_every save_every " + rate_flag(self))
         for name in ("micro_batch", "clip_grad", "max_steps", "preview_every", "max_bad", "warmup_epochs", "weight_decay",
                      "min_lr", "seed"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
@@ -117,6 +117,11 @@ def check(condition, message):
     """Raise ValueError(message) unless the condition holds; `parse` turns it into one line."""
     if not condition:
         raise ValueError(message)
+
+
+def rate_flag(cfg):
+    """The flag of the learning rate: base_lr per 256 images, or lr as it is."""
+    return "base_lr" if hasattr(cfg, "base_lr") else "lr"
 
 
 def above(limit, cfg, names):
@@ -628,6 +633,14 @@ def load(path):
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())[:100]})") from None
 
 
+def header(path):
+    """A checkpoint's entries and its config, {} where it has none; raises ValueError."""
+    file = load(path)
+    file = file if isinstance(file, dict) else {}
+    config = file.get("config")
+    return file, config if isinstance(config, dict) else {}
+
+
 def read_weights(path):
     """Tensors by name from encoder.pt, or a ViT state dict of MAE or timm, bare or under "model"; raises ValueError."""
     weights = load(path)
@@ -652,8 +665,7 @@ def vit_sizes(weights, path):
     D, _, p, _ = weights["patch_embed.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     check(side ** 2 == weights["pos_embed"].shape[1] - 1, f"{path} has a pos_embed of {side ** 2} patches, no square")
-    config = load(path).get("config") or {}
-    heads = config.get("num_heads", usual_heads(D))
+    heads = header(path)[1].get("num_heads", usual_heads(D))
     check(D % heads == 0, f"{path}: width {D} is not divisible by {heads} heads")
     depth = len({k.split(".")[1] for k in weights if re.match(r"blocks\.\d+\.", k)})
     known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
@@ -696,7 +708,8 @@ def load_weights(module, weights, path):
 
 MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "precision", "compile", "micro_batch",
               "num_workers", "clip_grad", "max_steps", "log_every", "save_every", "preview_every", "knn_every",
-              "knn_images", "val_every", "val_images", "max_bad", "eval_every", "eval_batch", "confusion"}
+              "knn_images", "val_every", "val_images", "max_bad", "eval_every", "eval_batch", "eval_images", "confusion",
+              "inference", "checkpointing"}
 
 
 def resume(cfg, method, num_images):
@@ -1002,12 +1015,12 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
                                       gradient_as_bucket_view=True, **{flag: False})
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    peak = cfg.base_lr * cfg.batch_size / 256
-    say(f"data       {cfg.data}: {len(source):,} images, crops of {cfg.img_size} px")
+    rate = f"lr {cfg.lr:g}" if rate_flag(cfg) == "lr" else (
+        f"lr {cfg.base_lr * cfg.batch_size / 256:.4g} = {cfg.base_lr:g} x {cfg.batch_size} / 256")
+    say(f"data       {cfg.data}: {len(source):,} images, --img_size {cfg.img_size}")
     say(f"model      {method}, {trainable:,} trainable parameters" + (
         f", encoder {sum(p.numel() for p in model.encoder.parameters() if p.requires_grad):,}" if has_encoder else ""))
-    say(f"batch      {cfg.batch_size} = {WORLD} processes x {accumulate} micro-steps x {micro}; "
-        f"lr {peak:.4g} = {cfg.base_lr:g} x {cfg.batch_size} / 256")
+    say(f"batch      {cfg.batch_size} = {WORLD} processes x {accumulate} micro-steps x {micro}; {rate}")
     say(f"steps      {total:,} = {cfg.epochs} epochs x {steps_per_epoch:,}" + (f", until {stop:,}" if stop < total else "")
         + (f", from {step:,}" if resumed else ""))
     say(f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
@@ -1158,7 +1171,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
             if RANK == 0:
                 fail(f"loss or gradient not finite at step {step + 1}, lr {lr:.3g}, {where}, images {', '.join(files)}, ...; "
                      f"{last} is untouched; go on from it with --clip_grad 3 or --precision fp32, or start anew with a "
-                     "lower --base_lr", 1)
+                     f"lower --{rate_flag(cfg)}", 1)
             sys.exit(1)
         optimizer.step()
         optimizer.zero_grad()

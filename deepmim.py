@@ -368,8 +368,7 @@ class Generator(nn.Module):
 
     def __init__(self, path, img_size, patch_size, norm_pix="file"):
         super().__init__()
-        file = common.load(path)
-        config, weights = file.get("config") or {} if isinstance(file, dict) else {}, targets.read(path)
+        config, weights = common.header(path)[1], targets.read(path)
         deepest = max((int(k.split(".")[1]) for k in weights if k.startswith("decoders.")), default=0)
         weights = {k.removeprefix("encoder.").removeprefix(f"decoders.{deepest}."): v for k, v in weights.items()}
         for name, ndim in (("pos_embed", 3), ("decoder_embed.weight", 2), ("decoder_pred.weight", 2)):

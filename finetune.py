@@ -249,11 +249,10 @@ def sized(cfg):
     Raises ValueError where flags and file contradict.
     """
     sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
-    weights, file = {}, {}
+    weights, file, was = {}, {}, {}
     if cfg.init:
-        weights = common.read_weights(cfg.init)
-        sizes, file = common.vit_sizes(weights, cfg.init), common.load(cfg.init)
-    was = file.get("config") or {}
+        weights, (file, was) = common.read_weights(cfg.init), common.header(cfg.init)
+        sizes = common.vit_sizes(weights, cfg.init)
     free = {"img_size"} if "num_heads" in was else {"img_size", "num_heads"}  # heads leave no trace in the weights
     for name in sizes:
         given = getattr(cfg, name)

@@ -17,7 +17,7 @@ import ddae
 import deepmim
 import finetune
 import sdae
-from transfer import robustness, segment
+from transfer import detect, robustness, segment
 
 ROOT = Path(__file__).parent.parent
 TINY = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
@@ -356,7 +356,7 @@ def test_two_processes_that_do_not_divide_the_batch(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-SCRIPTS = [ddae, deepmim, sdae, finetune, robustness, segment]
+SCRIPTS = [ddae, deepmim, sdae, finetune, robustness, segment, detect]
 
 
 @pytest.mark.parametrize("module", SCRIPTS)
@@ -367,7 +367,7 @@ def test_help_explains_every_flag(module, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for name in module.Config.__dataclass_fields__:
-        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|supp|code|ours|MAE|BootMAE|DeepMIM|SdAE)", text, re.S), name
+        assert re.search(rf"--{name}\b[^\[]*(\[[^\]]*\]\s+)?(\[no[^\]]*\]\s+)?.*?\[(AAAI|ICLR|paper|supp|code|ours|MAE|BootMAE|DeepMIM|SdAE|Mask R-CNN)", text, re.S), name
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ The model, `MaskRCNN`. D width, C channels, K classes, strides for patches of 16
     classes, boxes = box_head(RoIAlign(maps, proposals))                                               # (n, K + 1), (n, 4K + 4)
     masks = mask_head(RoIAlign(maps, boxes))                                                           # (n, K + 1, 28, 28)
     loss = CE(anchors) + smooth L1(anchors) + CE(classes) + L1 or 10 GIoU(boxes) + BCE(masks of positives)
-The ViT and the pyramid may run in bf16; from the maps on all is fp32: bf16 anchors are off by up to 4 pixels, and boxes
+The ViT and the pyramid may run in bf16; from the maps on nothing does: bf16 anchors are off by up to 4 pixels, and boxes
 decoded in bf16 overlap the right ones by 0.83 only.
 
 Data: `--data FOLDER` in COCO's layout, {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json, with masks as
 polygons, RLE or compressed RLE; or `shapes`, generated. Category ids may have gaps. Crowds are left out of training and
-count in evaluation as COCO's rules say. Images that show nothing but crowds are left out of training, images without any
-instance are background. out_dir/results_{bbox,segm}.json are in COCO's format; APb and APm are pycocotools', in percent.
+count in evaluation as COCO's rules say. Images that show no instance, or crowds alone, are left out of training. out_dir/results_{bbox,segm}.json are in COCO's format; APb and APm are pycocotools', in percent.
 
 What is easily done otherwise, or torchvision does otherwise:
   - the strides that RoIAlign assumes are constants; torchvision guesses them from the first batch, before padding
@@ -26,6 +25,8 @@ What is easily done otherwise, or torchvision does otherwise:
     sampling: true masks coded like this and back reach 99 AP; torchvision's unaligned targets and whole-pixel boxes 88
   - after a crop boxes are drawn anew around what is left of the masks
   - ViTDet decays biases but no norm of the ViT and no position table; the other style all that is no vector
+  - images of a micro-batch are padded to one size, which the position table is stretched to, so the micro-batch matters;
+    recipes of the first style take the published 2 at a time. Published samplers also paired images of like orientation
   - the RPN's box loss is torchvision's, quadratic below 1/9, where the published code has L1; nothing is antialiased
 SdAE names CAE's setting, DDAE SdAE's: CAE's box head of four convolutions and its GIoU loss are therefore the defaults, but no
 text states them; `--box_head 2fc --box_loss l1` is MMDetection's base. With DeepMIM only batch, rates and canvas are
@@ -35,7 +36,7 @@ Run:
     python -m transfer.detect --recipe quick --init out/quick/encoder.pt           # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 -m transfer.detect --recipe ddae --data COCO --init out/ddae/encoder.pt --out_dir out/coco
     python -m transfer.detect --eval --data COCO --init out/coco/best.pt
-    python -m transfer.detect --predict photo.jpg --init out/coco/best.pt          # writes photo_detected.png
+    python -m transfer.detect --predict photo.jpg --init out/coco/best.pt          # photo_detected.png, beside best.pt
 """
 import contextlib
 import dataclasses
@@ -55,7 +56,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -81,7 +82,7 @@ from transfer.segment import palette
 class Config(common.RunConfig):
     data: str = "shapes"  # [ours] folder in COCO's layout, or shapes
     init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or best.pt of this file; sizes are taken from it
-    out_dir: str = "out/detect"  # [ours] checkpoints, log, results and pictures; a run found there is continued
+    out_dir: str = "out/detect"  # [ours] checkpoints, log, pictures; a run found there is continued; else --init's folder
     eval: bool = False  # [ours] no training: AP of --init, or of out_dir's best.pt
     predict: str = ""  # [ours] no training: boxes and masks on this picture with --init, or out_dir's best.pt
     style: Literal["taps", "vitdet"] = "taps"  # [SdAE; DeepMIM] see above
@@ -91,7 +92,7 @@ class Config(common.RunConfig):
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    table: tuple[int, ...] = (42, 68)  # [code: CAE] rows, columns of the trained position table; none: as in --init
+    table: tuple[int, ...] = ()  # [code: CAE] rows, columns of the trained position table; none: 42 68; vitdet: as in --init
     layer_scale: bool = False  # [code: CAE] with taps: a learnt factor, 1 at first, on each branch of a block
     window: int = 14  # [code: ViTDet] with vitdet: side of the windows, in patches
     drop_path: float = 0.2  # [code: CAE] largest share of samples that skip a branch of the last block
@@ -128,6 +129,7 @@ class Config(common.RunConfig):
             check(len(values) in sizes and min(values, default=1) > 0, f"--{name} takes 2 positive values, got {values}")
         check(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas),
               f"--adam_betas takes 2 values in [0, 1), got {self.adam_betas}")
+        check(self.style == "taps" or not self.layer_scale, "--layer_scale goes with --style taps")
         p, D, heads = self.patch_size, self.embed_dim, self.num_heads
         check(not p or self.style == "taps" or self.img_size % (4 * p) == 0, f"--img_size {self.img_size} is not divisible "
               f"by the coarsest stride, 4 patches of {p} pixels; use {max(1, self.img_size // (4 * (p or 1))) * 4 * p}")
@@ -135,18 +137,13 @@ class Config(common.RunConfig):
         check(not D or D % 4 == 0 and D % (heads or 1) == 0,
               f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}")
 
-    @property
-    def base_lr(self):
-        """What `common.train` multiplies by batch_size / 256 to print the learning rate."""
-        return self.lr * 256 / self.batch_size
 
-
-VITDET = dict(style="vitdet", img_size=1024, scale=(0.1, 2.0), table=(), box_loss="l1", proposals=(2000, 1000), epochs=100,
-              drops=(88.889, 96.296), warmup=250, lr=1e-4, weight_decay=0.1, drop_path=0.1)
+VITDET = dict(style="vitdet", img_size=1024, scale=(0.1, 2.0), box_loss="l1", proposals=(2000, 1000), epochs=100,
+              drops=(88.889, 96.296), warmup=250, lr=1e-4, weight_decay=0.1, drop_path=0.1, eval_every=10)
 RECIPES = {
-    "ddae": dict(),
-    "sdae": dict(),
-    "cae": dict(layer_scale=True),
+    "ddae": dict(micro_batch=2),
+    "sdae": dict(micro_batch=2),
+    "cae": dict(micro_batch=2, layer_scale=True),
     "deepmim": dict(VITDET, batch_size=16),
     "mae": dict(VITDET, batch_size=64, layer_decay=0.7),
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0, channels=32,
@@ -174,6 +171,8 @@ class Coco:
             self.read(file, split)
         except ValueError as error:
             common.fail(f"--data {path.absolute()}: {error}")
+        except (TypeError, KeyError, AttributeError) as error:  # a null or a string where a number or a list should be
+            common.fail(f"--data {path.absolute()} is no COCO file: {type(error).__name__}: {error}")
 
     def read(self, file, split):
         """Check everything that can be without opening an image; raises ValueError."""
@@ -198,7 +197,8 @@ class Coco:
             check(a["category_id"] in known, f"{name} is of category {a['category_id']}, which is not under 'categories'; "
                   "add that, or correct it")
             check(len(a["bbox"]) == 4, f"{name} has a bbox of {len(a['bbox'])} numbers, not of x, y, width, height")
-            if not (a["segmentation"] and a["bbox"][2] > 0 and a["bbox"][3] > 0):
+            polygons = a["segmentation"] if isinstance(a["segmentation"], list) else [range(6)]
+            if not (any(len(p) >= 6 for p in polygons) and a["bbox"][2] > 0 and a["bbox"][3] > 0):
                 without.append(name)
                 continue
             record = records[a["image_id"]]
@@ -216,10 +216,10 @@ class Coco:
                    if r["file_name"] not in there and not (self.images / r["file_name"]).is_file()]
         check(not missing, f"{len(missing)} of {len(records)} images are not in {self.images.absolute()}, "
               f"e.g. {missing and missing[0]}")
-        kept = [r for r in records.values() if split != "train" or not r["annotations"]
-                or not all(a["iscrowd"] for a in r["annotations"])]
+        kept = [r for r in records.values() if split != "train" or not all(a["iscrowd"] for a in r["annotations"])]
         if len(kept) < len(records):
-            common.say(f"data       {len(records) - len(kept)} images with nothing but crowds are left out of training")
+            common.say(f"data       {len(records) - len(kept)} images without instances, or with crowds alone, are left out "
+                       "of training")
         check(kept if split == "train" else any(r["annotations"] for r in kept), "there is nothing to train on or compare with")
         # One array of bytes: dicts would be copied into every worker, reference by reference.
         blobs = [pickle.dumps(r) for r in kept]
@@ -281,8 +281,7 @@ def to_rle(segmentation, record):
     """A mask as polygons, RLE or compressed RLE -> compressed RLE as JSON holds it."""
     size = record["height"], record["width"]
     if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if len(p) >= 6]  # pycocotools takes four numbers for a box
-        common.check(polygons, "no polygon has three corners")
+        polygons = [p for p in segmentation if len(p) >= 6]  # three corners; pycocotools takes four numbers for a box
         code = rle.merge(rle.frPyObjects(polygons, *size))
     elif isinstance(segmentation["counts"], list):
         code = rle.frPyObjects(segmentation, *size)
@@ -495,16 +494,17 @@ class RegionPool(nn.Module):
         return pooled
 
 
-def mask_targets(masks, boxes, size=28):
-    """What of masks (n, H, W) lies in boxes (n, 4), as shares in [0, 1] -> (n, size, size)."""
-    rois = torch.cat((torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes), 1)
+def mask_targets(masks, boxes, index=None, size=28):
+    """What of masks (m, H, W) lies in boxes (n, 4), as shares in [0, 1]; index (n,) tells whose mask -> (n, size, size)."""
+    index = torch.arange(len(boxes), device=boxes.device) if index is None else index
+    rois = torch.cat((index[:, None].to(boxes), boxes), 1)
     return roi_align(masks[:, None].float(), rois, size, 1.0, 0, True)[:, 0]
 
 
 def paste(masks, boxes, size):
     """Put masks (n, 28, 28) of probabilities where their boxes (n, 4) lie in an image of (H, W) -> bool (n, H, W)."""
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    step = max(1, 2 ** 26 // (size[0] * size[1]))  # at most 256 MB at a time
+    step = max(1, 2 ** 24 // (size[0] * size[1]))  # at most 200 MB at a time
     for i in range(0, len(masks), step):
         left, top, right, bottom = boxes[i:i + step].T[..., None]  # (n, 1) each
         y = (torch.arange(size[0], device=boxes.device) + 0.5 - top) / (bottom - top) * 2 - 1  # (n, H): pixel centres, -1 to 1
@@ -534,7 +534,7 @@ class Heads(RoIHeads):
         positive = [torch.where(y > 0)[0] for y in labels]
         boxes = [b[i] for b, i in zip(proposals, positive)]
         predicted = self.masks(maps, boxes, image_sizes, torch.cat([y[i] for y, i in zip(labels, positive)]))  # (n, 28, 28)
-        true = [mask_targets(t["masks"][m[i]], b) for t, m, i, b in zip(targets, matched, positive, boxes) if len(i)]
+        true = [mask_targets(t["masks"], b, m[i]) for t, m, i, b in zip(targets, matched, positive, boxes) if len(i)]
         losses["loss/mask"] = (F.binary_cross_entropy_with_logits(predicted, torch.cat(true)) if true
                                else 0 * predicted.sum())
         return [], losses
@@ -697,7 +697,10 @@ def average_precision(records, source, entries, kind):
 
 
 def evaluation(cfg, source):
-    """The `evaluate` that `common.train` calls: AP over `source`; out_dir/results_{bbox,segm}.json are what it is of."""
+    """The `evaluate` that `common.train` calls: AP over `source`; out_dir/results_{bbox,segm}.json are what it is of.
+
+    Images that cannot be read are named and left out; `val_images` counts the others.
+    """
     n = min(cfg.eval_images or len(source), len(source))
     records = [source.record(i) for i in range(n)] if common.RANK == 0 else []
 
@@ -712,17 +715,20 @@ def evaluation(cfg, source):
             try:
                 img = v2.functional.pil_to_tensor(source.image(i))
             except Exception as error:  # broken files raise nearly anything
-                common.fail(f"cannot evaluate on {source.name(i)}: {error}", alone=True)
+                common.complain_of(source.name(i), f"{type(error).__name__}: {error}")
+                continue
             with autocast:
                 found = model.detect([common.normalise(img, device)])[0]
             found["masks"] = paste(found["masks"], found["boxes"], img.shape[1:])
             mine.append((i, *results(found, source.record(i), source.ids)))
         everything = sorted(sum(common.gather(mine), []), key=lambda item: item[0])
+        if not everything:
+            common.fail(f"--data {cfg.data}: none of the {n} validation images could be read, e.g. {source.name(0)}")
         figures = measure(everything) if common.RANK == 0 else None
         return common.gather(figures)[0]
 
     def measure(everything):
-        figures, rest = {}, {}
+        figures, rest, seen = {}, {}, [records[i] for i, *_ in everything]
         for j, (kind, name) in enumerate((("bbox", "APb"), ("segm", "APm")), 1):
             entries = [e for item in everything for e in item[j]]
             path = Path(cfg.out_dir) / f"results_{kind}.json"
@@ -731,12 +737,12 @@ def evaluation(cfg, source):
                 path.write_text(json.dumps(entries))
             except OSError as error:
                 common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
-            values = average_precision(records, source, entries, kind)
+            values = average_precision(seen, source, entries, kind)
             parts = ("", "50", "/75", "/small", "/medium", "/large")
             values = {k: 100 * v for k, v in zip(parts, values) if v >= 0}  # -1: there are no such instances
             figures |= {f"{name}{k}": values.pop(k, 0.0) for k in ("", "50")}
             rest |= {f"{name}{k}": v for k, v in values.items()}
-        return figures | rest
+        return figures | dict(val_images=len(seen)) | rest
     return evaluate
 
 
@@ -753,8 +759,7 @@ def fit(cfg):
     """
     weights, side = {}, 14
     if cfg.init:
-        weights, state = common.read_weights(cfg.init), common.load(cfg.init)
-        config = state.get("config") or {}
+        weights, (state, config) = common.read_weights(cfg.init), common.header(cfg.init)
         if config.get("method") == "maskrcnn":
             common.check("classes" in state, f"{cfg.init} is to resume from; --init takes best.pt, which lies beside it")
             config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
@@ -763,13 +768,14 @@ def fit(cfg):
         side = sizes["img_size"] // sizes["patch_size"]
     else:
         sizes = {k: getattr(cfg, k) or size for k, size in zip(SIZES, (16, 768, 12, 12))}
-    return dataclasses.replace(cfg, **{k: sizes[k] for k in SIZES}, table=cfg.table or (side, side)), weights, []
+    table = cfg.table or ((side, side) if cfg.style == "vitdet" else (42, 68))
+    return dataclasses.replace(cfg, **{k: sizes[k] for k in SIZES}, table=table), weights, []
 
 
 def load_backbone(backbone, weights, path):
     """Load encoder weights; the position table is resized, offsets and layer scale may be missing, all else is left out."""
     own = backbone.state_dict()
-    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2") and k not in weights]
+    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2")]
     table = common.resize_pos_embed(weights["pos_embed"], backbone.table)
     common.load_weights(backbone, weights | {k: own[k] for k in new} | {"pos_embed": table}, path)
     others = [k for k in weights if k not in own]
@@ -796,16 +802,21 @@ def make_model(cfg, weights, classes, source_classes):
 def main():
     """Command line -> model -> training, evaluation, or one picture."""
     cfg = common.parse(Config, RECIPES, __doc__, flag="recipe")
-    out_dir, training = Path(cfg.out_dir), not (cfg.eval or cfg.predict)
+    training, asked = not (cfg.eval or cfg.predict), cfg.num_classes
+    if not training and not cfg.init:
+        cfg = dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "best.pt"))
+    elif not training and cfg.out_dir == Config.out_dir:
+        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent))
+    out_dir = Path(cfg.out_dir)
     try:
-        if not training and not cfg.init:
-            cfg = dataclasses.replace(cfg, init=str(out_dir / "best.pt"))
         cfg, weights, classes = fit(cfg)
         common.check(training or classes, f"--init {cfg.init} is no detection model; give a best.pt of this script")
         source = open_scenes(cfg, "train") if training else None
         val_source = None if cfg.predict else open_scenes(cfg, "val")
         if val_source:
             cfg = dataclasses.replace(cfg, num_classes=len(val_source.classes))
+            common.check(asked in (0, cfg.num_classes),
+                         f"--num_classes {asked}, but --data {cfg.data} has {cfg.num_classes}; leave the flag out")
         if training:
             common.check(list(source.classes) == list(val_source.classes) and list(source.ids) == list(val_source.ids),
                          f"training and validation set of --data {cfg.data} have different categories; make them the same")
@@ -815,7 +826,7 @@ def main():
     device, autocast = common.setup(cfg)
     if cfg.predict:
         try:
-            img = v2.functional.pil_to_tensor(common.to_rgb(Image.open(cfg.predict)))
+            img = v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(cfg.predict))))
         except Exception as error:  # broken files raise nearly anything
             common.fail(f"--predict {cfg.predict}: {error}")
         with autocast:
@@ -825,9 +836,12 @@ def main():
         sure["boxes"] = resize_boxes(sure["boxes"], size, img.shape[1:])
         sure["masks"] = paste(sure["masks"], sure["boxes"], img.shape[1:])
         texts = [f"{classes[y - 1]} {s:.0%}" for y, s in zip(sure["labels"].tolist(), sure["scores"].tolist())]
-        out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / f"{Path(cfg.predict).stem}_detected.png"
-        v2.functional.to_pil_image(paint(img, sure, texts)).save(path)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            v2.functional.to_pil_image(paint(img, sure, texts)).save(path)
+        except OSError as error:
+            common.fail(f"--out_dir {path.absolute()} cannot be written: {error.strerror}")
         common.say(f"done       {path}: {', '.join(texts) or 'nothing found'}")
         return
     evaluate = evaluation(cfg, val_source)

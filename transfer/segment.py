@@ -22,13 +22,13 @@ What is easily done otherwise, and is done here as in the published runs:
   - evaluation adds logits of overlapping windows, and compares at the size of the label file, which is never resized
   - mIoU sums intersections and unions over the whole set; a class that is neither labelled nor predicted is left out
 DeepMIM and BootMAE add a relative position bias, zero at first, and a layer scale of 1 (`--rel_pos_bias`); DDAE and SdAE do
-not say. With one process, or on CPU, batch statistics are those of a micro-batch; on several GPUs, of all of them.
+not say. With one process, or on CPU, batch statistics are those of a micro-batch; on several GPUs, of those of one micro-step.
 
 Run:
     python -m transfer.segment --recipe quick --init out/quick/encoder.pt          # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 -m transfer.segment --recipe ddae --data ADE --init out/ddae/encoder.pt --out_dir out/ade
     python -m transfer.segment --eval --data ADE --init out/ade/best.pt
-    python -m transfer.segment --predict photo.jpg --init out/ade/best.pt          # writes photo_segmented.png
+    python -m transfer.segment --predict photo.jpg --init out/ade/best.pt          # photo_segmented.png, beside best.pt
 """
 import colorsys
 import dataclasses
@@ -46,7 +46,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 import common
@@ -59,7 +59,7 @@ IGNORE = 255  # the label of pixels without one
 class Config(common.RunConfig):
     data: str = "shapes"  # [ours] folder in ADE20K's layout, or shapes
     init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or best.pt of this file; sizes are taken from it
-    out_dir: str = "out/segment"  # [ours] checkpoints, log and pictures; a run found there is continued
+    out_dir: str = "out/segment"  # [ours] checkpoints, log, pictures; a run found there is continued; else --init's folder
     eval: bool = False  # [ours] no training: figures of --init, or of out_dir's best.pt
     predict: str = ""  # [ours] no training: segment this picture with --init, or out_dir's best.pt
     img_size: int = 512  # [AAAI, SdAE, DeepMIM] side of the square crop, and of the windows in evaluation
@@ -107,18 +107,13 @@ class Config(common.RunConfig):
         check(not D or D % 4 == 0 and D % (heads or 1) == 0,
               f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}")
 
-    @property
-    def base_lr(self):
-        """What `common.train` multiplies by batch_size / 256 to print the learning rate."""
-        return self.lr * 256 / self.batch_size
-
 
 RECIPES = {
     "ddae": dict(),
     "sdae": dict(),  # the same figures; weight decay and drop path are CAE's, whose setting it names
     "deepmim": dict(lr=1e-4, rel_pos_bias=True),  # targets other than CLIP
     "deepmim_clip": dict(lr=5e-5, layer_decay=0.9, rel_pos_bias=True),
-    "bootmae": dict(clip_grad=3.0, rel_pos_bias=True),
+    "bootmae": dict(clip_grad=3.0, rel_pos_bias=True),  # its pixels were scaled to [-1, 1], here as everywhere
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, channels=32, drop_path=0.0,
                   scale=(0.75, 1.5), iterations=240, warmup=20, lr=2e-3, layer_decay=0.9, eval_images=200, eval_every=0.128,
                   preview_every=0, out_dir="out/quick_segment"),
@@ -159,7 +154,10 @@ class Ade:
         """Class names: from classes.json (list of {"name": ...}) or ADE20K's objectInfo150.txt, else numbers from 1."""
         found = []
         if (root / "classes.json").exists():
-            found = [c["name"] for c in json.loads((root / "classes.json").read_text())]
+            try:
+                found = [str(c["name"]) for c in json.loads((root / "classes.json").read_text())]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"--data {root / 'classes.json'} is no list of {{\"name\": ...}}: {error}") from None
         elif (root / "objectInfo150.txt").exists():
             lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
             found = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
@@ -289,7 +287,7 @@ class Crops(common.Samples):
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def relative_index(grid, device):
     """Row of the bias table for every two patches of a (h, w) grid -> (N, N); tables lie row by row, (2h-1) x (2w-1)."""
     h, w = grid
@@ -508,7 +506,10 @@ def class_figures(confusion):
 
 
 def evaluation(cfg, source):
-    """The `evaluate` that `common.train` calls: mIoU, mAcc and aAcc over `source`; out_dir/per_class.txt has the rest."""
+    """The `evaluate` that `common.train` calls: mIoU, mAcc and aAcc over `source`; out_dir/per_class.txt has the rest.
+
+    Images that cannot be read, or whose label does not fit, are named and left out; `val_images` counts the others.
+    """
     def evaluate(model, device, autocast, due):
         if not due(cfg.eval_every):
             return {}
@@ -516,16 +517,20 @@ def evaluation(cfg, source):
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         K, n = len(source.classes), min(cfg.eval_images or len(source), len(source))
-        confusion = torch.zeros(K, K, dtype=torch.int64)
+        confusion, read = torch.zeros(K, K, dtype=torch.int64), 0
         for i in range(n)[common.RANK::common.WORLD]:
             try:
                 img, label = source.pair(i)
             except Exception as error:  # broken files raise nearly anything
-                common.fail(f"cannot evaluate on {source.name(i)}: {error}", alone=True)
+                common.complain_of(source.name(i), f"{type(error).__name__}: {error}")
+                continue
+            read += 1
             logits = segment(model, v2.functional.pil_to_tensor(img), cfg, device, autocast)
             predicted = resize(logits[None], label.shape)[0].argmax(0)  # at the label's size, which is never resized
             confusion += confusion_matrix(predicted.cpu(), torch.from_numpy(label), K)
-        confusion = sum(common.gather(confusion))
+        confusion, read = sum(common.gather(confusion)), sum(common.gather(read))
+        if not confusion.sum():
+            common.fail(f"--data {cfg.data}: not one labelled pixel in the {read} validation images that could be read")
         iou, acc = class_figures(confusion)
         if common.RANK == 0:
             path = Path(cfg.out_dir) / "per_class.txt"
@@ -534,7 +539,7 @@ def evaluation(cfg, source):
             except OSError as error:
                 common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
         return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
-                    aAcc=100 * (confusion.diag().sum() / confusion.sum()).item())
+                    aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=read)
     return evaluate
 
 
@@ -577,8 +582,7 @@ def fit(cfg):
     """
     weights = {}
     if cfg.init:
-        weights, state = common.read_weights(cfg.init), common.load(cfg.init)
-        config = state.get("config") or {}
+        weights, (state, config) = common.read_weights(cfg.init), common.header(cfg.init)
         if config.get("method") == "upernet":
             common.check("classes" in state, f"{cfg.init} is to resume from; --init takes best.pt, which lies beside it")
             return dataclasses.replace(cfg, **{k: config[k] for k in SAVED}), weights, state["classes"]
@@ -591,7 +595,7 @@ def fit(cfg):
 def load_backbone(backbone, weights, path):
     """Load encoder weights; the position table is resized, bias and layer scale may be missing, all else is left out."""
     own = backbone.state_dict()
-    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos", "gamma_1", "gamma_2") and k not in weights]
+    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos", "gamma_1", "gamma_2")]
     table = common.resize_pos_embed(weights["pos_embed"], backbone.grid)
     common.load_weights(backbone, weights | {k: own[k] for k in new} | {"pos_embed": table}, path)
     others = [k for k in weights if k not in own]
@@ -618,30 +622,38 @@ def make_model(cfg, weights, classes, source_classes):
 def main():
     """Command line -> model -> training, evaluation, or one picture."""
     cfg = common.parse(Config, RECIPES, __doc__, flag="recipe")
-    out_dir, training = Path(cfg.out_dir), not (cfg.eval or cfg.predict)
+    training, asked = not (cfg.eval or cfg.predict), cfg.num_classes
+    if not training and not cfg.init:
+        cfg = dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "best.pt"))
+    elif not training and cfg.out_dir == Config.out_dir:
+        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent))
+    out_dir = Path(cfg.out_dir)
     try:
-        if not training and not cfg.init:
-            cfg = dataclasses.replace(cfg, init=str(out_dir / "best.pt"))
         cfg, weights, classes = fit(cfg)
         common.check(training or classes, f"--init {cfg.init} is no segmentation model; give a best.pt of this script")
         source = open_pairs(cfg, "train") if training else None
         val_source = None if cfg.predict else open_pairs(cfg, "val")
         if val_source:
             cfg = dataclasses.replace(cfg, num_classes=len(val_source.classes))
+            common.check(asked in (0, cfg.num_classes),
+                         f"--num_classes {asked}, but --data {cfg.data} has {cfg.num_classes}; leave the flag out")
         model = make_model(cfg, weights, classes, val_source.classes if val_source else classes)
     except ValueError as error:
         common.fail(str(error))
     device, autocast = common.setup(cfg)
     if cfg.predict:
         try:
-            img = v2.functional.pil_to_tensor(common.to_rgb(Image.open(cfg.predict)))
+            img = v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(cfg.predict))))
         except Exception as error:  # broken files raise nearly anything
             common.fail(f"--predict {cfg.predict}: {error}")
         logits = segment(model.to(device).eval(), img, cfg, device, autocast)
         img, = rescale((img,), img.shape[1:], 640, 1280)  # the size of the picture; one of a camera would fill the memory
-        out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / f"{Path(cfg.predict).stem}_segmented.png"
-        overlay(img, resize(logits[None], img.shape[1:])[0].argmax(0).cpu().numpy(), classes, path)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            overlay(img, resize(logits[None], img.shape[1:])[0].argmax(0).cpu().numpy(), classes, path)
+        except OSError as error:
+            common.fail(f"--out_dir {path.absolute()} cannot be written: {error.strerror}")
         common.say(f"done       {path}")
         return
     evaluate = evaluation(cfg, val_source)
