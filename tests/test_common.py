@@ -134,7 +134,7 @@ def test_weight_decay_groups():
 
 def test_folders(tmp_path, images):
     source = common.open_data(config(f"--data {images}"), "train")
-    assert len(source) == 40 and source.classes == [b"a", b"b"]
+    assert len(source) == 40 and source.classes == ["a", "b"]
     assert all(Path(source.name(i)).parent.name == "ab"[source.label(i)] for i in range(40))
     odd = tmp_path / "odd" / "über all"
     odd.mkdir(parents=True)
