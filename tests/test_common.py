@@ -255,7 +255,7 @@ BAD = {
     "--depth 3": "--depth 3 is not divisible by --K 2; use a K of 1, 3",
     "--mask_ratio 1.0": "--mask_ratio 1.0 must be between 0 and 1",
     "--mask_ratio 0": "--mask_ratio 0.0 must be between 0 and 1",
-    "--mask_ratio 0.99": "leaves no visible or no masked patch; use 0.0625 to 0.938",
+    "--mask_ratio 0.99": "leaves no visible or no masked patch; use 0.0625 to 0.906",
     "--mask_ratio nan": "--mask_ratio must be finite",
     "--batch_size 16 --micro_batch 3": "--batch_size 16 is not divisible by --micro_batch 3 x 1 processes",
     "--batch_size 20000": "10000 images in --data shapes are fewer than --batch_size 20000; use --batch_size 10000 or less",
