@@ -152,6 +152,12 @@ def complain_of(name, reason):
     complain(f"unreadable {name}: {reason}")
 
 
+def leave():
+    """Take leave of the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather(value):
     """The values of all processes, in order of rank, on each of them."""
     if not dist.is_initialized():
@@ -1214,5 +1220,4 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
             sys.exit(128 + (stopping or [signal.SIGTERM])[0])
     with contextlib.suppress(OSError):
         bar.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()

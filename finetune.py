@@ -440,6 +440,7 @@ def knn(cfg, weights, device, autocast, sources):
     limits = (cfg.knn_images or len(sources[0]), len(sources[1]))
     figure, compared, asked = common.knn_accuracy(vit.to(device).eval(), cfg, device, autocast, sources, limits)
     common.say(f"knn        {figure:.2f}% of {asked:,} images, against {compared:,}")
+    common.leave()
 
 
 def main():
@@ -466,6 +467,7 @@ def main():
                             evaluate=functools.partial(evaluate, cfg=cfg, source=sources[1]))
     figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True, cfg, sources[0])
     common.say("eval       " + "  ".join(f"{k} {v:.6g}" for k, v in figures.items()))
+    common.leave()
 
 
 if __name__ == "__main__":

@@ -848,8 +848,7 @@ def main():
     if cfg.eval:
         figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True)
         common.say("  ".join(f"{k} {v:.6g}" for k, v in figures.items()) + f"; results in {out_dir / 'results_bbox.json'}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        common.leave()
         return
     if not cfg.init:
         common.say("warning    no --init: the ViT starts from scratch, which needs a far longer training")

@@ -128,6 +128,7 @@ def main():
             common.say(f"ImageNet-C         mean error {100 * plain:.2f}  mCE {mce}, over {len(errors)} corruptions")
     except ValueError as error:
         common.fail(str(error))
+    common.leave()
 
 
 if __name__ == "__main__":

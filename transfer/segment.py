@@ -660,8 +660,7 @@ def main():
     if cfg.eval:
         figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True)
         common.say("  ".join(f"{k} {v:.6g}" for k, v in figures.items()) + f"; by class in {out_dir / 'per_class.txt'}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        common.leave()
         return
     if not cfg.init:
         common.say("warning    no --init: the ViT starts from scratch, which on ADE20K ends at 20 to 30 mIoU")
