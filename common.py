@@ -1202,7 +1202,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
                 fail(f"{len(all_bad)} of {len(source)} images are unreadable, more than --max_bad {cfg.max_bad:g}: "
                      + "; ".join(f"{name} ({reason})" for name, reason in all_bad[:5]))
         pause = time.perf_counter()
-        if evaluate and not stop_now:
+        if evaluate and (end or not stop_now):
             line |= measure(end)
         if line:
             report(line)

@@ -27,6 +27,8 @@ Where the papers contradict one another or themselves:
 What is not as in MAE's code:
   - RandAugment is torchvision's, two operations of probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10. It is
     bilinear, has no noise on the magnitude, no Invert and SolarizeAdd, and its Posterize keeps more bits
+  - the probe's random crop is torchvision's, which looks for a fitting aspect ratio; MAE's takes the first draw
+  - in fine-tuning a head that --init holds is kept if it fits the classes, where MAE's code draws it anew
   - no moving average of the weights, which MAE takes from scratch and BootMAE always
   - inputs are normalised with ImageNet's mean and deviation, also for files that were trained with 0.5 (some of timm's)
 
@@ -135,7 +137,8 @@ RECIPES = {
     "scratch": dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,
                     layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0),  # MAE's appendix A.2, but no EMA
     "linear": LINEAR,
-    "linear_boot": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=10),  # BootMAE's script, ViT-B
+    "linear_boot": LINEAR | dict(pool="mean", layer=10),  # BootMAE's scripts
+    "linear_boot_large": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=18),
     "quick": SMALL_IMAGES | dict(epochs=1, base_lr=4e-3, layer_decay=0.9, out_dir="out/quick_finetune"),
     "quick_scratch": SMALL_IMAGES | dict(mode="scratch", epochs=1, base_lr=4e-3, layer_decay=1.0, patch_size=4, img_size=32,
                                          embed_dim=96, depth=4, num_heads=3, out_dir="out/quick_scratch"),
@@ -454,8 +457,8 @@ def main():
         classes = [str(c) for c in sources[-1].classes]
         if cfg.mode == "knn" and not cfg.eval:
             return knn(cfg, weights, device, autocast, sources)
-        if trained_on not in ([], classes) and not cfg.eval:  # its head is for other things
-            weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+        if not cfg.eval and (cfg.mode == "linear" or trained_on not in ([], classes)):  # a new head, or one for other things
+            weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "bn."))}
         torch.manual_seed(cfg.seed)
         model = build(cfg, weights, len(classes))
         other = [f"{was}, --data has {now}" for was, now in zip(trained_on, classes) if was != now]

@@ -146,6 +146,12 @@ def test_taps_are_those_of_the_vit_on_any_grid():
     assert [x.shape for x in backbone(torch.randn(1, 3, 40, 64))] == [(1, 24, 5, 8)] * 4
 
 
+@pytest.mark.parametrize("style, options", [("taps", dict(layer_scale=True)), ("vitdet", {})])
+def test_own_blocks_begin_as_the_shared_ones_do(style, options):
+    attn = detect.Backbone(style, 32, (4, 4), 8, 24, 4, 2, **options).blocks[3].attn
+    assert not attn.qkv.bias.any() and 0.9 < attn.qkv.weight.max() / (6 / 96) ** 0.5 <= 1
+
+
 def test_table_of_any_grid_is_resized_as_the_common_one():
     square = ddae.sincos_pos_embed(16, (6, 6))
     for new in ((6, 6), (3, 9), (7, 12)):

@@ -1,7 +1,10 @@
 """Fine-tuning against golden values, loops, timm; files that do not fit; ImageNet's relatives on fake trees."""
+import contextlib
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -94,7 +97,8 @@ def test_learning_rate_golden_values():
     assert lr("mae", 2.5) == pytest.approx(1e-3) and lr("mae", 5) == pytest.approx(2e-3)
     assert lr("mae", 52.5) == pytest.approx((2e-3 + 1e-6) / 2) and lr("mae", 100) == pytest.approx(1e-6)
     peaks = dict(mae_large=4e-3, ddae=2e-3, ddae_small=4e-3, ddae_literal=8e-3, deepmim=2e-4, deepmim_clip=4e-4,
-                 deepmim_1600=2e-4, sdae=4e-3, sdae_large=8e-3, scratch=1.6e-3, linear=6.4, linear_boot=4.48)
+                 deepmim_1600=2e-4, sdae=4e-3, sdae_large=8e-3, scratch=1.6e-3, linear=6.4, linear_boot=6.4,
+                 linear_boot_large=4.48)
     for recipe, peak in peaks.items():
         cfg = config(f"--init x --recipe {recipe}")
         assert lr(recipe, cfg.warmup_epochs) == pytest.approx(peak), recipe
@@ -386,9 +390,30 @@ def test_evaluation_takes_crop_and_weights_from_the_file(images, best, tmp_path,
 
 def test_a_head_of_other_classes_is_drawn_anew(images, best, tmp_path, capsys, monkeypatch):
     common.save(common.load(best) | dict(classes=["dog", "elk", "fox"]), tmp_path / "renamed.pt")
-    for name, anew in (("best", "none"), ("renamed", "head (2)")):
-        main(monkeypatch, f"--data {images} --init {tmp_path / name}.pt {FAST} --max_steps 1 --out_dir {tmp_path / name}")
+    probe = "--mode linear --recipe quick_linear --pool mean --img_size 16"
+    for name, flags, anew in (("best", "", "none"), ("renamed", "", "head (2)"), ("best", probe, "bn (3), head (2)")):
+        main(monkeypatch, f"{flags} --data {images} --init {tmp_path / name}.pt {FAST} --max_steps 1 "
+                          f"--out_dir {tmp_path / anew[:2]}")
         assert f"drawn anew: {anew};" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_signal_in_the_last_step_does_not_cost_the_figures(steps, images, encoder, tmp_path, monkeypatch):
+    """The same command would find nothing left to do. After an earlier step the figures can wait."""
+    forward, calls = finetune.Classifier.forward, []
+
+    def interrupted(self, imgs, labels):
+        calls.append(0)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, imgs, labels)
+
+    monkeypatch.setattr(finetune.Classifier, "forward", interrupted)
+    command = f"--data {images} --init {encoder} {FAST} --max_steps 3 --eval_every 0.1 --out_dir {tmp_path / 'o'}"
+    with contextlib.suppress(SystemExit):
+        main(monkeypatch, command)
+    evaluated = ["acc1" in json.loads(line) for line in open(tmp_path / "o" / "log.jsonl")]
+    assert evaluated == [True] * (steps - 1) + [steps == 3]
 
 
 def test_a_full_disk_costs_the_table_only(images, best, tmp_path, capsys, monkeypatch):

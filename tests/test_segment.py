@@ -106,6 +106,8 @@ def test_head_is_upernet_written_out():
 
 def test_bias_and_layer_scale_begin_without_effect_and_then_have_it():
     plain, biased = segment.Backbone(32, 8, 24, 4, 2).eval(), segment.Backbone(32, 8, 24, 4, 2, rel_pos_bias=True).eval()
+    attn = biased.blocks[3].attn  # as `init_weights` draws: Xavier with zero bias
+    assert not attn.qkv.bias.any() and 0.9 < attn.qkv.weight.max() / (6 / 96) ** 0.5 <= 1
     missing = biased.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert {k.split(".")[-1] for k in missing} == {"rel_pos", "gamma_1", "gamma_2"}
     for shape in ((2, 3, 32, 32), (1, 3, 16, 56)):

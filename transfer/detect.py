@@ -74,7 +74,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
 import common
-from ddae import Block, ViT, patchify, sincos_pos_embed
+from ddae import Block, ViT, init_weights, patchify, sincos_pos_embed
 from transfer.segment import palette
 
 
@@ -111,15 +111,15 @@ class Config(common.RunConfig):
     layer_decay: float = 0.75  # [SdAE, DeepMIM] factor from each layer to the one below
     weight_decay: float = 0.05  # [code: CAE] see above for what is not decayed
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: CAE, ViTDet] AdamW's two moments
-    eval_every: float = 1.0  # [ours] epochs between evaluations; the best model is kept in best.pt; 0: never
+    eval_every: float = 1.0  # [ours] epochs between evaluations; the best model is kept in best.pt
     eval_images: int = 0  # [ours] how many images of the validation set to take; 0: all
     warmup_epochs, min_lr = 0.0, 0.0  # no flags
 
     def __post_init__(self):
         check = common.check
-        common.above(0, self, "img_size channels batch_size lr layer_decay regions window")
+        common.above(0, self, "img_size channels batch_size lr layer_decay regions window eval_every")
         super().__post_init__()
-        for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "warmup", "eval_every", "eval_images"):
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "warmup", "eval_images"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(0 <= self.drop_path < 1, f"--drop_path must be in [0, 1), got {self.drop_path}")
         check(self.layer_decay <= 1, f"--layer_decay must be at most 1, got {self.layer_decay}")
@@ -416,11 +416,11 @@ class Backbone(ViT):
             everywhere = [max(1, round(depth * i / 4)) - 1 for i in (1, 2, 3, 4)]
             self.taps = [depth]
             self.blocks = nn.ModuleList(WindowedBlock(embed_dim, num_heads, rate, img_size // patch_size, window * (
-                i not in everywhere)) for i, rate in enumerate(rates))
+                i not in everywhere)) for i, rate in enumerate(rates)).apply(init_weights)
         else:
             self.taps = [max(1, round(depth * tap / 12)) for tap in (4, 6, 8, 12)]
             if layer_scale:
-                self.blocks = nn.ModuleList(ScaledBlock(embed_dim, num_heads, rate) for rate in rates)
+                self.blocks = nn.ModuleList(ScaledBlock(embed_dim, num_heads, rate) for rate in rates).apply(init_weights)
 
     def forward(self, imgs):
         """imgs (B, 3, H, W), H and W multiples of the patch -> maps (B, D, h, w)."""

@@ -37,7 +37,7 @@ class Config:
     c: str = ""  # [DeepMIM Table 6] folder of ImageNet-C, with corruption/severity/class/image
     classes: str = ""  # [ours] class names in the order of the logits, where --init does not hold them
     partial: bool = False  # [ours] measure what there is of incomplete sets
-    crop_pct: float = 0.0  # [MAE] crop's side / resized image's shorter, 0: as --init's; -C is 224 px already and not resized
+    crop_pct: float = 0.0  # [MAE] crop's side / resized image's shorter, 0: as --init's; -C is not cut
     device: Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto takes CUDA where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that have it
     eval_batch: int = 100  # [ours] images per process at a time

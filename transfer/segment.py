@@ -15,7 +15,7 @@ the same name, where 0 and 255 are unlabelled and 1..K the classes; or `shapes`,
 Label 255 below is "unlabelled": it trains nothing and counts in no figure.
 
 What is easily done otherwise, and is done here as in the published runs:
-  - cross-entropy is divided by all pixels, unlabelled and padded ones too; mmseg's default (`--loss_mean labelled`)
+  - cross-entropy is divided by all pixels, unlabelled and padded ones too, as mmseg does (else: `--loss_mean labelled`)
   - position table, [CLS] and relative position bias are weight-decayed; only vectors are not
   - the warm-up multiplies a rate that is falling already; the rate falls linearly to 0 over all iterations
   - brightness is shifted by up to 32, not scaled; channels are not permuted
@@ -50,7 +50,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 import common
-from ddae import Block, ViT, patchify
+from ddae import Block, ViT, init_weights, patchify
 
 IGNORE = 255  # the label of pixels without one
 
@@ -83,16 +83,15 @@ class Config(common.RunConfig):
     weight_decay: float = 0.05  # [AAAI, DeepMIM] not on vectors
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: DeepMIM, BootMAE] AdamW's two moments
     inference: Literal["slide", "whole"] = "slide"  # [code: DeepMIM, BootMAE] windows of img_size, or the image at once
-    eval_every: float = 12.7  # [code: DeepMIM] epochs between evaluations; this is 16k steps on ADE20K; 0: never
+    eval_every: float = 12.7  # [code: DeepMIM] epochs between evaluations; this is 16k steps on ADE20K
     eval_images: int = 0  # [ours] how many images of the validation set to take; 0: all
     epochs, warmup_epochs, min_lr = 1, 0.0, 0.0  # no flags: `main` counts the epochs that the iterations make up
 
     def __post_init__(self):
         check = common.check
-        common.above(0, self, "img_size channels iterations batch_size lr layer_decay")
+        common.above(0, self, "img_size channels iterations batch_size lr layer_decay eval_every")
         super().__post_init__()
-        for name in ("patch_size", "embed_dim", "depth", "num_heads", "aux_weight", "num_classes", "warmup", "eval_every",
-                     "eval_images"):
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "aux_weight", "num_classes", "warmup", "eval_images"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         check(self.warmup < self.iterations, f"--warmup {self.warmup} must be below --iterations {self.iterations}")
         check(0 <= self.drop_path < 1, f"--drop_path must be in [0, 1), got {self.drop_path}")
@@ -332,7 +331,8 @@ class Backbone(ViT):
         self.pos_embed.requires_grad_(True)
         del self.norm  # the taps do not pass it
         if rel_pos_bias:
-            self.blocks = nn.ModuleList(BiasedBlock(embed_dim, num_heads, b.drop_path, self.grid[0]) for b in self.blocks)
+            blocks = (BiasedBlock(embed_dim, num_heads, b.drop_path, self.grid[0]) for b in self.blocks)
+            self.blocks = nn.ModuleList(blocks).apply(init_weights)
 
     def forward(self, imgs):
         """imgs (B, 3, H, W), H and W multiples of the patch -> four maps (B, D, h, w)."""
