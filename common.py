@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import typing
 import warnings
@@ -196,10 +197,14 @@ def parse(Config, presets, doc="", argv=None, flag="preset", default=lambda give
     helps = {}
     for cls in reversed(Config.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
-    parser = Parser(allow_abbrev=False, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    spec = sys.modules["__main__"].__spec__  # None but under `python -m`
+    parser = Parser(spec and f"python -m {spec.name}", allow_abbrev=False, description=doc,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
-        parser.add_argument(f"--{flag}", choices=presets, help="[ours] sizes and starting points: " + "; ".join(
-            f"{k}: {' '.join(f'{f}={v}' for f, v in p.items()) or 'the defaults'}" for k, p in presets.items()))
+        parser.add_argument(f"--{flag}", choices=presets, help="[ours] sizes and starting points, see the end")
+        parser.epilog = f"--{flag}\n" + "\n".join(textwrap.fill(
+            f"  {k:18} {' '.join(f'{f}={v}' for f, v in p.items()) or 'the defaults'}", 120, subsequent_indent=" " * 21,
+            break_long_words=False, break_on_hyphens=False) for k, p in presets.items())
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         kind, how = hints[f.name], {}
@@ -231,12 +236,12 @@ def arguments(function, cfg):
 class Folder:
     """Images under a folder, at any depth; the first folder of each path is its class, if all images have one."""
 
-    def __init__(self, root):
+    def __init__(self, root, flag="--data"):
         if not root.is_dir():
-            fail(f"--data {root.absolute()} is not a folder, and no data set's name either; see --data list")
+            fail(f"{flag} {root.absolute()} is not a folder, and no data set's name either; see --data list")
         files, seen = [], set()
         def unlisted(error):
-            fail(f"--data {error.filename}: {error.strerror}", alone=True)
+            fail(f"{flag} {error.filename}: {error.strerror}", alone=True)
 
         for folder, inner, names in os.walk(root, followlinks=True, onerror=unlisted):
             if os.path.realpath(folder) in seen:  # a link that leads back
@@ -246,8 +251,8 @@ class Folder:
             files += [os.path.relpath(os.path.join(folder, n), root) for n in names
                       if not n.startswith(".") and n.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
         if not files:
-            fail(f"--data {root.absolute()} holds no images, only {sorted(os.listdir(root))[:3] or 'nothing'}; expected "
-                 f"files ending in {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}, or train/ and val/")
+            fail(f"{flag} {root.absolute()} holds no images, only {sorted(os.listdir(root))[:3]}; expected "
+                 f"files ending in {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}")
         self.root = root
         # One array of bytes: a list of a million strings would be copied into every worker, reference by reference.
         self.files = np.array(sorted(os.fsencode(f) for f in files))
@@ -666,12 +671,15 @@ def vit_sizes(weights, path):
     Heads leave no trace in the weights: encoder.pt says how many, otherwise they are as usual.
     Raises ValueError where they are no ViT's.
     """
+    config = header(path)[1]
+    check(config.get("method") not in ("upernet", "maskrcnn"),
+          f"{path} is transfer/'s {config.get('method')}, no encoder; give encoder.pt")
     for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("cls_token", 3)):
         check(getattr(weights.get(name), "ndim", 0) == ndim, f"{path} holds no ViT: {name} is missing or of another form")
     D, _, p, _ = weights["patch_embed.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     check(side ** 2 == weights["pos_embed"].shape[1] - 1, f"{path} has a pos_embed of {side ** 2} patches, no square")
-    heads = header(path)[1].get("num_heads", usual_heads(D))
+    heads = config.get("num_heads", usual_heads(D))
     check(D % heads == 0, f"{path}: width {D} is not divisible by {heads} heads")
     depth = len({k.split(".")[1] for k in weights if re.match(r"blocks\.\d+\.", k)})
     known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
@@ -712,7 +720,7 @@ def load_weights(module, weights, path):
     module.load_state_dict({k: weights[k] for k in own})
 
 
-MAY_CHANGE = {"data", "data_root", "out_dir", "init", "resume", "device", "precision", "compile", "micro_batch",
+MAY_CHANGE = {"data", "data_root", "out_dir", "resume", "device", "precision", "compile", "micro_batch",
               "num_workers", "clip_grad", "max_steps", "log_every", "save_every", "preview_every", "knn_every",
               "knn_images", "val_every", "val_images", "max_bad", "eval_every", "eval_batch", "eval_images", "confusion",
               "inference", "checkpointing"}
@@ -737,6 +745,8 @@ def resume(cfg, method, num_images):
             problems.append(str(error))
             continue
         was, now = state["config"], dict(plain(cfg), method=method, num_images=num_images)
+        if was.get("method") != method:
+            fail(f"{path} is of another method, {was.get('method')}; give another --out_dir")
         changed = [f"{k}: checkpoint {was.get(k)}, command {now.get(k)}" for k in sorted(was.keys() | now.keys())
                    if k not in MAY_CHANGE and was.get(k) != now.get(k)]
         if changed:
@@ -848,7 +858,7 @@ def save_curves(log, path):
     series = {}
     for line in log:
         for key, value in line.items():
-            if key not in ("step", "epoch", "images_per_s", "data_wait", "unreadable"):
+            if key not in ("step", "epoch", "images_per_s", "data_wait", "unreadable", "val_images"):
                 xs, ys = series.setdefault(key.split("/")[0], {}).setdefault(key, ([], []))
                 xs.append(line["epoch"])
                 ys.append(value)
@@ -861,7 +871,8 @@ def save_curves(log, path):
         ax.set_title(group)
         ax.set_xlabel("epoch")
         if len(curves) > 1:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, framealpha=0.4)
+        ax.ticklabel_format(useOffset=False)
     figure.savefig(path, dpi=90)
 
 
@@ -1033,7 +1044,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
         f"{'bf16 autocast' if autocast._enabled else 'fp32'}, torch {torch.__version__}")
 
     if step >= stop:  # nothing is written
-        say("done       the checkpoint is already there; raise --max_steps or --epochs of a new run to go on")
+        say(f"done       {last.absolute()} has these steps already; for a new run give another --out_dir")
         return
 
     stopping = []  # a signal only leaves its number here; the loop ends the step, saves and exits
@@ -1220,4 +1231,5 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
             sys.exit(128 + (stopping or [signal.SIGTERM])[0])
     with contextlib.suppress(OSError):
         bar.close()
+    say(f"done       {out_dir.absolute() / ('encoder.pt' if has_encoder else 'best.pt')}")
     leave()

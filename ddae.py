@@ -287,6 +287,7 @@ def draw_mask(rng, img_size, patch_size, mask, mask_ratio):
         masked = block_mask(rng, (side, side), num_mask).ravel()
     else:
         masked = rng.permutation(side * side) < num_mask
+    assert masked.size == side * side and masked.sum() == num_mask, (masked.size, masked.sum(), num_mask)
     return np.argsort(masked, kind="stable")
 
 

@@ -249,7 +249,7 @@ def test_resume_falls_back_to_the_file_before(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--data {tmp}/nowhere": "is not a folder, and no data set's name either",
-    "--data {tmp}/empty": "holds no images, only nothing",
+    "--data {tmp}/empty": "holds no images, only []",
     "--data {tmp}/text": "holds no images, only ['note.txt']",
     "--img_size 18": "--img_size 18 is not divisible by --patch_size 4; use 16 or 20",
     "--depth 3": "--depth 3 is not divisible by --K 2; use a K of 1, 3",
@@ -291,7 +291,7 @@ BAD = {
     "--resume {tmp}/run/last.pt --patch_size 8": "patch_size: checkpoint 4, command 8",
     "--resume {tmp}/run/last.pt --batch_size 32": "batch_size: checkpoint 16, command 32",
     "--resume {tmp}/run/last.pt --epochs 3 --base_lr 1": "base_lr: checkpoint 0.01, command 1.0",
-    "--resume {tmp}/other.pt": "method: checkpoint sdae, command ddae",
+    "--resume {tmp}/other.pt": "other.pt is of another method, sdae; give another --out_dir",
     "--data {tmp}/flat --batch_size 2 --knn_every 1": "--knn_every needs {tmp}/flat/val",
     "--data {tmp}/flat --batch_size 2 --val_every 1": "--val_every needs {tmp}/flat/val; leave it out, or make that folder",
     "--data {tmp}/unlabelled --batch_size 2 --knn_every 1": "--knn_every needs labels",

@@ -2,6 +2,7 @@
 import inspect
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,25 @@ def test_masks_are_exact(mask, size, patch, ratio):
             assert masked.sum() == N - visible and not masked[ids[:visible]].any()
         distinct.add(tuple(sorted(ids[:visible])))
     assert len(distinct) > 80 or N == 4
+
+
+def test_the_readmes_mask_is_one():
+    """In place of ours, on any grid of an even side; what is no mask is refused."""
+    snippet = re.search(r"^order = rng.*?(?=^```)", Path(ddae.__file__).with_name("README.md").read_text(), re.M | re.S)[0]
+    source = inspect.getsource(ddae.draw_mask)
+    body = source.index('    if mask == "block"'), source.index("    assert masked.size")
+    for text, good in ((snippet, True), ("masked = np.arange(side ** 2) < num_mask - 1", False)):
+        names = vars(ddae).copy()
+        exec(source[:body[0]] + "".join(f"    {line}\n" for line in text.splitlines()) + source[body[1]:], names)
+        for side, num_mask in ((14, 147), (8, 48), (14, 138)):
+            ids = (np.random.default_rng(0), 16 * side, 16, "block", num_mask / side ** 2 - 1e-6)
+            if not good:
+                with pytest.raises(AssertionError):
+                    names["draw_mask"](*ids)
+                continue
+            masked = np.isin(np.arange(side ** 2), names["draw_mask"](*ids)[side ** 2 - num_mask:]).reshape(side, side)
+            cells = masked.reshape(side // 2, 2, side // 2, 2).sum((1, 3))
+            assert masked.sum() == num_mask and (cells == 4).sum() == num_mask // 4
 
 
 def test_block_masks_have_the_statistics_of_beits_generator():

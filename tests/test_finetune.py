@@ -397,6 +397,17 @@ def test_a_head_of_other_classes_is_drawn_anew(images, best, tmp_path, capsys, m
         assert f"drawn anew: {anew};" in capsys.readouterr().out
 
 
+def test_a_folder_belongs_to_one_encoder(images, encoder, best, tmp_path, capsys, monkeypatch):
+    """Another file's figures must not be read as this one's."""
+    flags = f"--data {images} {FAST} --out_dir {tmp_path / 'o'}"
+    main(monkeypatch, f"{flags} --init {encoder} --max_steps 1")
+    with pytest.raises(SystemExit):
+        main(monkeypatch, f"{flags} --init {best} --max_steps 1")
+    assert f"init: checkpoint {encoder}, command {best}" in capsys.readouterr().err
+    main(monkeypatch, f"{flags} --init {encoder} --max_steps 1")
+    assert f"{tmp_path / 'o' / 'last.pt'} has these steps already; for a new run give another --out_dir" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_signal_in_the_last_step_does_not_cost_the_figures(steps, images, encoder, tmp_path, monkeypatch):
     """The same command would find nothing left to do. After an earlier step the figures can wait."""

@@ -828,7 +828,7 @@ def main():
         try:
             img = v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(cfg.predict))))
         except Exception as error:  # broken files raise nearly anything
-            common.fail(f"--predict {cfg.predict}: {error}")
+            common.fail(f"--predict {cfg.predict}: {getattr(error, 'strerror', None) or error}")
         with autocast:
             found = model.to(device).eval().detect([common.normalise(img, device)])[0]
         sure, size = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}, img.shape[1:]

@@ -645,7 +645,7 @@ def main():
         try:
             img = v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(cfg.predict))))
         except Exception as error:  # broken files raise nearly anything
-            common.fail(f"--predict {cfg.predict}: {error}")
+            common.fail(f"--predict {cfg.predict}: {getattr(error, 'strerror', None) or error}")
         logits = segment(model.to(device).eval(), img, cfg, device, autocast)
         img, = rescale((img,), img.shape[1:], 640, 1280)  # the size of the picture; one of a camera would fill the memory
         path = out_dir / f"{Path(cfg.predict).stem}_segmented.png"
