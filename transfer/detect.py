@@ -17,14 +17,17 @@ decoded in bf16 overlap the right ones by 0.83 only.
 
 Data: `--data FOLDER` in COCO's layout, {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json, with masks as
 polygons, RLE or compressed RLE; or `shapes`, generated. Category ids may have gaps. Crowds are left out of training and
-count in evaluation as COCO's rules say. Images that show no instance, or crowds alone, are left out of training. out_dir/results_{bbox,segm}.json are in COCO's format; APb and APm are pycocotools', in percent.
+count in evaluation as COCO's rules say. Images that show no instance, or crowds alone, are left out of training.
+out_dir/results_{bbox,segm}.json are in COCO's format; APb and APm are pycocotools', in percent.
 
 What is easily done otherwise, or torchvision does otherwise:
   - the strides that RoIAlign assumes are constants; torchvision guesses them from the first batch, before padding
   - mask targets are cut out of the true masks with aligned RoIAlign and stay soft, and masks are pasted by bilinear
     sampling: true masks coded like this and back reach 99 AP; torchvision's unaligned targets and whole-pixel boxes 88
+  - masks are resized by the pixel at each centre; torchvision's nearest moves them half a pixel off image and boxes
   - after a crop boxes are drawn anew around what is left of the masks
-  - ViTDet decays biases but no norm of the ViT and no position table; the other style all that is no vector
+  - ViTDet decays biases but no norm of the ViT and no position table; the other style all that is no vector, and its
+    position table is not trained
   - images of a micro-batch are padded to one size, which the position table is stretched to, so the micro-batch matters;
     recipes of the first style take the published 2 at a time. Published samplers also paired images of like orientation
   - the RPN's box loss is torchvision's, quadratic below 1/9, where the published code has L1; nothing is antialiased
@@ -71,7 +74,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, generalized_box_iou_loss, masks_to_boxes, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 import common
 from ddae import Block, ViT, init_weights, patchify, sincos_pos_embed
@@ -92,7 +95,7 @@ class Config(common.RunConfig):
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    table: tuple[int, ...] = ()  # [code: CAE] rows, columns of the trained position table; none: 42 68; vitdet: as in --init
+    table: tuple[int, ...] = ()  # [code: CAE] rows, columns of the position table; none: 42 68; vitdet: as in --init
     layer_scale: bool = False  # [code: CAE] with taps: a learnt factor, 1 at first, on each branch of a block
     window: int = 14  # [code: ViTDet] with vitdet: side of the windows, in patches
     drop_path: float = 0.2  # [code: CAE] largest share of samples that skip a branch of the last block
@@ -329,7 +332,11 @@ class Scenes(common.Samples):
 
     def sample(self, index, rng):
         img = tv_tensors.Image(v2.functional.pil_to_tensor(self.source.image(index)))  # (3, H, W)
-        img, target = self.flip(*self.resize(img, targets(self.source.record(index), self.source.ids)))
+        target = targets(self.source.record(index), self.source.ids)
+        masks = target.pop("masks")
+        img, target = self.resize(img, target)
+        masks = v2.functional.resize(masks.as_subclass(torch.Tensor), list(img.shape[1:]), InterpolationMode.NEAREST_EXACT)
+        img, target = self.flip(img, dict(target, masks=tv_tensors.Mask(masks)))
         if self.style == "vitdet":
             (H, W), S = img.shape[1:], self.S
             top, left = rng.integers(max(H - S, 0) + 1), rng.integers(max(W - S, 0) + 1)
@@ -408,7 +415,7 @@ class Backbone(ViT):
                  window=14, checkpointing=False):
         super().__init__(patch_size, patch_size, embed_dim, depth, num_heads, drop_path)
         self.table, self.checkpointing = tuple(table), checkpointing
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, table))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, table), requires_grad=style == "vitdet")
         del self.norm  # the maps do not pass it
         rates = [block.drop_path for block in self.blocks]
         if style == "vitdet":

@@ -4,9 +4,10 @@ A fine-tuned ImageNet classifier on ImageNet-A, -R and -C (DeepMIM Table 6).
     python -m transfer.robustness --init out/ft/best.pt --a IMAGENET-A --r IMAGENET-R --c IMAGENET-C
 
 -A and -R hold 200 of the 1,000 classes each, and only these may be answered: other logits are dropped before the argmax.
--C answers among all classes. It holds 15 corruptions at 5 severities in its published layout, corruption/severity/class/image; the 4 extra corruptions
-are not counted. Two figures come from it, side by side, since papers do not always say which they mean: the plain mean
-of the 75 error rates, and mCE, where each corruption's errors are divided by AlexNet's (Hendrycks and Dietterich 2019).
+-C answers among all classes. It holds 15 corruptions at 5 severities in its published layout,
+corruption/severity/class/image; the 4 extra corruptions are not counted. Two figures come from it, side by side, since
+papers do not always say which they mean: the plain mean of the 75 error rates, and mCE, where each corruption's errors are
+divided by AlexNet's (Hendrycks and Dietterich 2019).
 
 Folders are named by class (wnid). Which logit a class has is known from best.pt; for files that do not say, `--classes`
 names a folder whose subfolders, sorted, are the classes, such as ImageNet's val/, or a text file with a name per line.
