@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all three papers' code but BootMAE's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in all codes but BootMAE's
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # what torchrun says; a plain run is one process
     int(os.environ.get(name, default)) if "RANK" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
@@ -1025,7 +1025,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
     if cfg.compile:
         model.compile()
     ddp = model
-    if dist.is_initialized():  # buffers are constants; the flag that leaves them alone was renamed in torch 2.15
+    if dist.is_initialized():  # buffers are constants; the flag that leaves them alone was renamed in torch 2.13
         flag = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
             DistributedDataParallel).parameters else "broadcast_buffers"
         ddp = DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None,

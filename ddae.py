@@ -82,7 +82,7 @@ class Config(common.PretrainConfig):
     warmup_epochs: float = 20.0  # [ICLR App. A] linear warm-up; 20 for 100 epochs, 40 for 800
     batch_size: int = 4096  # [ICLR App. A] images per optimiser step, over all processes
     base_lr: float = 1.5e-4  # [ICLR App. A] learning rate = base_lr * batch_size / 256
-    min_lr: float = 0.0  # [ours] learning rate at the end of the cosine; the papers are silent, BootMAE's code 1e-4
+    min_lr: float = 0.0  # [ours] learning rate at the end of the cosine; the papers are silent, BootMAE's base script 1e-4
     weight_decay: float = 0.05  # [ICLR App. A] not on biases, norms, position table, cls token, beta
     adam_betas: tuple[float, ...] = (0.9, 0.95)  # [code: MAE, BootMAE] AdamW's two moments
     crop_min: float = 0.2  # [code: MAE, BootMAE] smallest area of the random crop, share of the image

@@ -20,13 +20,14 @@ Learning rates: lr = base_lr * batch_size / 256 of the head, times layer_decay *
 are layer 0, head and fc_norm layer depth + 1.
 
 Where the papers contradict one another or themselves:
-  - DDAE states 8e-3 at batch 1024, four times what anyone else takes; CAE's 8e-3 is of batch 4096, which recipe `ddae`
-    assumes. `ddae_literal` takes the text's word
-  - DeepMIM states 2e-4 (CLIP: 4e-4) at 1024 without base; its CLIP log peaks at 4e-4, so both are read as absolute
+  - DDAE states 8e-3 at batch 1024, four times MAE's, CAE's and SdAE's rate; CAE's 8e-3 is of batch 4096, which recipe
+    `ddae` assumes. `ddae_literal` takes the text's word
+  - DeepMIM states 2e-4 (CLIP: 4e-4) at 1024 without base; its CLIP log peaks at 4e-4, so both are read as absolute. Layer
+    decay 0.6 is of 800 epochs in its text (`deepmim_800`), of 1600 in its repository, there for CLIP
   - SdAE's 5e-4 is a base rate, as MAE's, from which it takes the rest
 What is not as in MAE's code:
   - RandAugment is torchvision's, two operations of probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10. It is
-    bilinear, has no noise on the magnitude, no Invert and SolarizeAdd, and its Posterize keeps more bits
+    bilinear, has Identity, no noise on the magnitude, no Invert and SolarizeAdd, and its Posterize keeps more bits
   - the probe's random crop is torchvision's, which looks for a fitting aspect ratio; MAE's takes the first draw
   - in fine-tuning a head that --init holds is kept if it fits the classes, where MAE's code draws it anew
   - no moving average of the weights, which MAE takes from scratch and BootMAE always
@@ -73,7 +74,7 @@ class Config(common.RunConfig):
     pool: Literal["auto", "mean", "cls"] = "auto"  # [MAE] auto: mean to fine-tune, cls for linear; with --eval by the file
     layer: int = 0  # [BootMAE] block whose features --mode linear reads; 0: the last
     last_k: int = 0  # [DeepMIM Fig. 7] train only the last k blocks and the head; 0, or all blocks: everything
-    reinit_last_k: int = 0  # [DeepMIM] draw the last k blocks anew before fine-tuning
+    reinit_last_k: int = 0  # [DeepMIM Fig. 8] draw the last k blocks anew before fine-tuning
     epochs: int = 100  # [MAE] ViT-B; ViT-L 50
     warmup_epochs: float = 5.0  # [MAE] linear warm-up
     batch_size: int = 1024  # [MAE] images per optimiser step, over all processes
@@ -131,7 +132,7 @@ RECIPES = {
     "ddae_literal": dict(base_lr=2e-3),  # 8e-3 at 1024
     "deepmim": dict(base_lr=5e-5),  # 2e-4 at 1024; targets other than CLIP
     "deepmim_clip": dict(base_lr=1e-4),  # 4e-4 at 1024
-    "deepmim_1600": dict(base_lr=5e-5, layer_decay=0.6),
+    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),
     "sdae": dict(batch_size=2048, warmup_epochs=10),
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "scratch": dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,

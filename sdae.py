@@ -25,7 +25,8 @@ deviation has no effect, since a cosine knows no scale; its subtraction of the m
 Differs from, or is not said in, the paper or the code:
   - the loss is 1 - cosine; Eq. 4 is the likelihood to maximise, and prints the target in its numerator unnormalised
   - the teacher's final norm comes before Eq. 3, and drop path grows linearly with depth, both as in the code
-  - the teacher starts as a copy of the student; in the code it is drawn independently (`--teacher_init independent`)
+  - the teacher starts as a copy of the student; in the code it is drawn independently (`--teacher_init independent`), and
+    its position table at random, which the average then leads to the student's
   - where the folds do not divide M, the rest of the masked patches is left out on both sides, as in the code: 2 x 73 of
     147, where the paper's Sec. 4.3 says 2 x 79
   - under 100 epochs, the paper's shortest run, a momentum per epoch is raised to the power 300 / epochs, or the teacher
@@ -54,11 +55,11 @@ import common
 
 @dataclass(frozen=True)
 class Config(common.PretrainConfig):
-    img_size: int = 224  # [supp A.1] side of the square crop, pixels
-    patch_size: int = 16  # [supp A.1] side of a patch, pixels
-    embed_dim: int = 768  # [supp A.1] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024
-    depth: int = 12  # [supp A.1] encoder blocks; ViT-L 24
-    num_heads: int = 12  # [supp A.1] attention heads; ViT-S 6, ViT-L 16
+    img_size: int = 224  # [code] side of the square crop, pixels
+    patch_size: int = 16  # [paper Sec. 4.3] side of a patch, pixels
+    embed_dim: int = 768  # [code] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024
+    depth: int = 12  # [code] encoder blocks; ViT-L 24
+    num_heads: int = 12  # [code] attention heads; ViT-S 6, ViT-L 16
     drop_path: float = 0.25  # [supp A.1] largest share of samples that skip a branch of the student's last block
     mask_ratio: float = 0.75  # [supp A.1] share of patches hidden from the student
     feed: Literal["folds", "full", "masked", "crop"] = "folds"  # [paper Tables 1, 5] what the teacher reads

@@ -97,7 +97,7 @@ def test_learning_rate_golden_values():
     assert lr("mae", 2.5) == pytest.approx(1e-3) and lr("mae", 5) == pytest.approx(2e-3)
     assert lr("mae", 52.5) == pytest.approx((2e-3 + 1e-6) / 2) and lr("mae", 100) == pytest.approx(1e-6)
     peaks = dict(mae_large=4e-3, ddae=2e-3, ddae_small=4e-3, ddae_literal=8e-3, deepmim=2e-4, deepmim_clip=4e-4,
-                 deepmim_1600=2e-4, sdae=4e-3, sdae_large=8e-3, scratch=1.6e-3, linear=6.4, linear_boot=6.4,
+                 deepmim_800=2e-4, sdae=4e-3, sdae_large=8e-3, scratch=1.6e-3, linear=6.4, linear_boot=6.4,
                  linear_boot_large=4.48)
     for recipe, peak in peaks.items():
         cfg = config(f"--init x --recipe {recipe}")
