@@ -236,12 +236,10 @@ def arguments(function, cfg):
 class Folder:
     """Images under a folder, at any depth; the first folder of each path is its class, if all images have one."""
 
-    def __init__(self, root, flag="--data"):
-        if not root.is_dir():
-            fail(f"{flag} {root.absolute()} is not a folder, and no data set's name either; see --data list")
+    def __init__(self, root):
         files, seen = [], set()
         def unlisted(error):
-            fail(f"{flag} {error.filename}: {error.strerror}", alone=True)
+            fail(f"folder {error.filename}: {error.strerror}", alone=True)
 
         for folder, inner, names in os.walk(root, followlinks=True, onerror=unlisted):
             if os.path.realpath(folder) in seen:  # a link that leads back
@@ -251,7 +249,7 @@ class Folder:
             files += [os.path.relpath(os.path.join(folder, n), root) for n in names
                       if not n.startswith(".") and n.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
         if not files:
-            fail(f"{flag} {root.absolute()} holds no images, only {sorted(os.listdir(root))[:3]}; expected "
+            fail(f"folder {root.absolute()} holds no images, only {sorted(os.listdir(root))[:3]}; expected "
                  f"files ending in {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}")
         self.root = root
         # One array of bytes: a list of a million strings would be copied into every worker, reference by reference.
@@ -419,6 +417,8 @@ def open_data(cfg, split):
     if cfg.data in TORCHVISION:
         return Named(cfg.data, cfg.data_root, split)
     root = Path(cfg.data)
+    if not root.is_dir():
+        fail(f"--data {root.absolute()} is not a folder, and no data set's name either; see --data list")
     if split == "val" and not (root / "val").is_dir():
         need = "--knn_every" if getattr(cfg, "knn_every", 0) else "--val_every" if hasattr(cfg, "val_every") else "accuracy"
         fail(f"{need} needs {root.absolute() / 'val'}; {'leave it out, or ' * hasattr(cfg, 'val_every')}make that folder"
@@ -672,10 +672,10 @@ def vit_sizes(weights, path):
     Raises ValueError where they are no ViT's.
     """
     config = header(path)[1]
-    check(config.get("method") not in ("upernet", "maskrcnn"),
-          f"{path} is transfer/'s {config.get('method')}, no encoder; give encoder.pt")
+    kind = f", but a model of method {config['method']}" if "method" in config else ""
     for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("cls_token", 3)):
-        check(getattr(weights.get(name), "ndim", 0) == ndim, f"{path} holds no ViT: {name} is missing or of another form")
+        check(getattr(weights.get(name), "ndim", 0) == ndim,
+              f"{path} holds no ViT{kind}: {name} is missing or of another form; give encoder.pt")
     D, _, p, _ = weights["patch_embed.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     check(side ** 2 == weights["pos_embed"].shape[1] - 1, f"{path} has a pos_embed of {side ** 2} patches, no square")
@@ -845,7 +845,7 @@ def save_preview(panels, path):
             if picture.ndim == 3:
                 ax.imshow((picture.transpose(1, 2, 0) * STD + MEAN).clip(0, 1))
             else:
-                drawn = ax.imshow(picture, "viridis", vmin=0, vmax=pictures.max())
+                drawn = ax.imshow(np.ma.masked_equal(picture, 0), "viridis", vmin=0, vmax=pictures.max())  # 0 stays blank
         axes[0, column].set_title(title, fontsize=9)
         if pictures.ndim == 3:
             figure.colorbar(drawn, ax=axes[:, column], location="bottom", shrink=0.9, aspect=12)
@@ -1045,6 +1045,7 @@ def train(cfg, model, draw=None, samples=None, optimizer=None, schedule=None, ev
 
     if step >= stop:  # nothing is written
         say(f"done       {last.absolute()} has these steps already; for a new run give another --out_dir")
+        leave()
         return
 
     stopping = []  # a signal only leaves its number here; the loop ends the step, saves and exits

@@ -5,7 +5,7 @@ Can the transfer models learn a few real images by heart? A fault in the wiring 
 
 COCO holds train2017/ and annotations/instances_train2017.json, and ade/ in ADE20K's layout. Segmentation learns the middle
 squares of the first eight images of ade/, detection the first four images with two to six instances and no crowd; both are
-evaluated on what they learn. Prints the commands and their curves; --predict draws what was learnt.
+evaluated on what they learn. Prints the commands and their curves.
 """
 import argparse
 import json

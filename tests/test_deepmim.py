@@ -47,7 +47,8 @@ def make(**options):
 def test_one_tap_is_mae():
     ours, mae = make(taps=(6,), decoder_depth=3), ddae.DDAE(**SMALL | dict(
         K=1, pixel="plain", feature="none", decoder_depth=3))
-    mae.load_state_dict({k.replace("decoders.0", "pixel_decoder"): v for k, v in ours.state_dict().items()}, strict=False)
+    rest = mae.load_state_dict({k.replace("decoders.0", "pixel_decoder"): v for k, v in ours.state_dict().items()}, strict=False)
+    assert rest == (["beta"], ["whole"])  # of loss weights and of semantic masks
     imgs, ids = batch()
     assert ours(imgs, ids)[0].item() == pytest.approx(mae(imgs, ids)[0].item(), rel=1e-6)
 

@@ -174,7 +174,9 @@ def test_pooling_and_loss_by_hand(encoder):
     model = noisy(finetune.build(cfg, weights, 3)).eval()
     imgs, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 2, 1, 2])
     vit = ddae.ViT(**VIT)
-    vit.load_state_dict(model.state_dict(), strict=False)
+    rest = vit.load_state_dict(model.state_dict(), strict=False)
+    assert set(rest.missing_keys) == {"norm.weight", "norm.bias"} and {k.split(".")[0] for k in rest.unexpected_keys} == {
+        "fc_norm", "head"}
     features = torch.stack([sum(tokens[1:]) / 16 for tokens in vit(imgs)[-1]])
     logits = F.layer_norm(features, (16,), model.fc_norm.weight, model.fc_norm.bias, 1e-6) @ model.head.weight.T + model.head.bias
     torch.testing.assert_close(model.logits(imgs), logits)

@@ -400,7 +400,7 @@ def test_resumes_bitwise_and_then_evaluates_and_predicts(tmp_path, monkeypatch, 
     main(monkeypatch, flags + f"--out_dir {whole}")
     said = capsys.readouterr().out
     assert "4 -> 16 patches" in said and "norm.weight" in said and "scratch" not in said
-    main(monkeypatch, flags + f"--out_dir {cut} --max_steps 3")
+    main(monkeypatch, flags + f"--out_dir {cut} --max_steps 3 --eval_images 2 --inference whole")  # these may change
     main(monkeypatch, flags + f"--out_dir {cut}")
     one, two = common.load(whole / "last.pt"), common.load(cut / "last.pt")
     assert one["step"] == two["step"] == 6
@@ -421,7 +421,7 @@ def test_resumes_bitwise_and_then_evaluates_and_predicts(tmp_path, monkeypatch, 
 def test_weights_of_the_file_are_those_of_the_model(tmp_path):
     vit = encoder_file(tmp_path / "encoder.pt")
     cfg, weights, classes = segment.fit(config(f"--init {tmp_path / 'encoder.pt'} --num_classes 7 --embed_dim 40"))
-    model = segment.make_model(cfg, weights, classes, ["a"] * 7)
+    model = segment.make_model(segment.UperNet, cfg, weights, classes, ["a"] * 7)
     assert not classes and cfg.embed_dim == 24
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, vit.state_dict()[name]), name
@@ -540,6 +540,15 @@ def test_bad_input_is_answered_in_one_line(damage, flags, says, tmp_path, monkey
     assert stop.value.code == 2
     err = capfd.readouterr().err.strip()
     assert says in err and len(err.splitlines()) == 1
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+    pixels, exif = np.zeros((8, 12, 3), np.uint8), Image.Exif()
+    pixels[:, 0] = 255  # the left column
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise, which brings it to the top
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    img = segment.open_picture(tmp_path / "x.png")
+    assert img.shape == (3, 12, 8) and (img[:, 0] == 255).all() and not img[:, 1:].any()
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path, monkeypatch, capfd):

@@ -59,7 +59,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -78,7 +78,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import common
 from ddae import Block, ViT, init_weights, patchify, sincos_pos_embed
-from transfer.segment import palette
+from transfer.segment import SIZES, make_model, open_picture, palette, settle_places
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ class Backbone(ViT):
     def __init__(self, style, img_size, table, patch_size, embed_dim, depth, num_heads, drop_path=0.0, layer_scale=False,
                  window=14, checkpointing=False):
         super().__init__(patch_size, patch_size, embed_dim, depth, num_heads, drop_path)
-        self.table, self.checkpointing = tuple(table), checkpointing
+        self.grid, self.checkpointing = tuple(table), checkpointing
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, table), requires_grad=style == "vitdet")
         del self.norm  # the maps do not pass it
         rates = [block.drop_path for block in self.blocks]
@@ -433,7 +433,7 @@ class Backbone(ViT):
         """imgs (B, 3, H, W), H and W multiples of the patch -> maps (B, D, h, w)."""
         p = self.patch_size
         grid = (imgs.shape[2] // p, imgs.shape[3] // p)
-        pos = resize_table(self.pos_embed, self.table, grid)
+        pos = resize_table(self.pos_embed, self.grid, grid)
         x = self.patch_embed(patchify(imgs, p)) + pos[:, 1:]  # (B, N, D)
         if hasattr(self, "cls_token"):
             x = torch.cat(((self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x), 1)  # (B, 1 + N, D)
@@ -755,7 +755,6 @@ def evaluation(cfg, source):
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 SAVED = (*SIZES, "style", "img_size", "table", "layer_scale", "window", "channels", "box_head", "proposals", "num_classes")
 
 
@@ -779,42 +778,10 @@ def fit(cfg):
     return dataclasses.replace(cfg, **{k: sizes[k] for k in SIZES}, table=table), weights, []
 
 
-def load_backbone(backbone, weights, path):
-    """Load encoder weights; the position table is resized, offsets and layer scale may be missing, all else is left out."""
-    own = backbone.state_dict()
-    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2")]
-    table = common.resize_pos_embed(weights["pos_embed"], backbone.table)
-    common.load_weights(backbone, weights | {k: own[k] for k in new} | {"pos_embed": table}, path)
-    others = [k for k in weights if k not in own]
-    common.say(f"init       {len(own) - len(new)} of {len(own)} backbone tensors from {path}"
-               f"{f', {len(new)} of offsets or layer scale without effect yet' if new else ''}; position table "
-               f"{weights['pos_embed'].shape[1] - 1} -> {table.shape[1] - 1} patches; left out {others[:4]}"
-               f"{f' and {len(others) - 4} more' if len(others) > 4 else ''}")
-
-
-def make_model(cfg, weights, classes, source_classes):
-    """The model with what --init holds; raises ValueError where that does not fit."""
-    if classes:
-        common.check(list(source_classes) == list(classes), f"{cfg.init} knows "
-                     f"{len(classes)} classes, {', '.join(classes[:3])}, ...; --data {cfg.data} has others")
-    torch.manual_seed(cfg.seed)
-    model = MaskRCNN(**common.arguments(MaskRCNN, cfg))
-    if classes:
-        common.load_weights(model, weights, cfg.init)
-    elif weights:
-        load_backbone(model.backbone, weights, cfg.init)
-    return model
-
-
 def main():
     """Command line -> model -> training, evaluation, or one picture."""
-    cfg = common.parse(Config, RECIPES, __doc__, flag="recipe")
-    training, asked = not (cfg.eval or cfg.predict), cfg.num_classes
-    if not training and not cfg.init:
-        cfg = dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "best.pt"))
-    elif not training and cfg.out_dir == Config.out_dir:
-        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent))
-    out_dir = Path(cfg.out_dir)
+    cfg = settle_places(common.parse(Config, RECIPES, __doc__, flag="recipe"))
+    training, asked, out_dir = not (cfg.eval or cfg.predict), cfg.num_classes, Path(cfg.out_dir)
     try:
         cfg, weights, classes = fit(cfg)
         common.check(training or classes, f"--init {cfg.init} is no detection model; give a best.pt of this script")
@@ -827,15 +794,12 @@ def main():
         if training:
             common.check(list(source.classes) == list(val_source.classes) and list(source.ids) == list(val_source.ids),
                          f"training and validation set of --data {cfg.data} have different categories; make them the same")
-        model = make_model(cfg, weights, classes, val_source.classes if val_source else classes)
+        model = make_model(MaskRCNN, cfg, weights, classes, val_source.classes if val_source else classes)
     except ValueError as error:
         common.fail(str(error))
     device, autocast = common.setup(cfg)
     if cfg.predict:
-        try:
-            img = v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(cfg.predict))))
-        except Exception as error:  # broken files raise nearly anything
-            common.fail(f"--predict {cfg.predict}: {getattr(error, 'strerror', None) or error}")
+        img = open_picture(cfg.predict)
         with autocast:
             found = model.to(device).eval().detect([common.normalise(img, device)])[0]
         sure, size = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}, img.shape[1:]

@@ -70,7 +70,7 @@ def measure(model, root, names, crop, context, expect, restrict):
     restrict: answer among them alone.
     Raises ValueError for a folder that is no class of the model's.
     """
-    source = common.Folder(Path(root), "folder")
+    source = common.Folder(Path(root))
     common.check(source.classes, f"{root} has images outside class folders; expected a folder per class")
     unknown = sorted(set(source.classes) - set(names))
     common.check(not unknown, f"{root} has {len(unknown)} folders that are no class of the model, e.g. {unknown[:1]}; "

@@ -593,25 +593,25 @@ def fit(cfg):
 
 
 def load_backbone(backbone, weights, path):
-    """Load encoder weights; the position table is resized, bias and layer scale may be missing, all else is left out."""
+    """Load encoder weights; the position table is resized, what the blocks have more may be missing, all else is left out."""
     own = backbone.state_dict()
-    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos", "gamma_1", "gamma_2")]
+    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos", "rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2")]
     table = common.resize_pos_embed(weights["pos_embed"], backbone.grid)
     common.load_weights(backbone, weights | {k: own[k] for k in new} | {"pos_embed": table}, path)
     others = [k for k in weights if k not in own]
     common.say(f"init       {len(own) - len(new)} of {len(own)} backbone tensors from {path}"
-               f"{f', {len(new)} of bias and layer scale without effect yet' if new else ''}; position table "
+               f"{f', {len(new)} of positions or layer scale without effect yet' if new else ''}; position table "
                f"{weights['pos_embed'].shape[1] - 1} -> {table.shape[1] - 1} patches; left out {others[:4]}"
                f"{f' and {len(others) - 4} more' if len(others) > 4 else ''}")
 
 
-def make_model(cfg, weights, classes, source_classes):
+def make_model(Model, cfg, weights, classes, source_classes):
     """The model with what --init holds; raises ValueError where that does not fit."""
     if classes:
         common.check(list(source_classes) == list(classes), f"{cfg.init} knows "
                      f"{len(classes)} classes, {', '.join(classes[:3])}, ...; --data {cfg.data} has others")
     torch.manual_seed(cfg.seed)
-    model = UperNet(**common.arguments(UperNet, cfg))
+    model = Model(**common.arguments(Model, cfg))
     if classes:
         common.load_weights(model, weights, cfg.init)
     elif weights:
@@ -619,15 +619,27 @@ def make_model(cfg, weights, classes, source_classes):
     return model
 
 
+def settle_places(cfg):
+    """Without training, --init is out_dir's best.pt where it is not given, and out_dir is the folder of an --init given."""
+    if not (cfg.eval or cfg.predict):
+        return cfg
+    if not cfg.init:
+        return dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "best.pt"))
+    return dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent)) if cfg.out_dir == type(cfg).out_dir else cfg
+
+
+def open_picture(path):
+    """The picture of --predict, turned as its EXIF says -> uint8 (3, H, W); ends the program where it is none."""
+    try:
+        return v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(path))))
+    except Exception as error:  # broken files raise nearly anything
+        common.fail(f"--predict {path}: {getattr(error, 'strerror', None) or error}")
+
+
 def main():
     """Command line -> model -> training, evaluation, or one picture."""
-    cfg = common.parse(Config, RECIPES, __doc__, flag="recipe")
-    training, asked = not (cfg.eval or cfg.predict), cfg.num_classes
-    if not training and not cfg.init:
-        cfg = dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "best.pt"))
-    elif not training and cfg.out_dir == Config.out_dir:
-        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent))
-    out_dir = Path(cfg.out_dir)
+    cfg = settle_places(common.parse(Config, RECIPES, __doc__, flag="recipe"))
+    training, asked, out_dir = not (cfg.eval or cfg.predict), cfg.num_classes, Path(cfg.out_dir)
     try:
         cfg, weights, classes = fit(cfg)
         common.check(training or classes, f"--init {cfg.init} is no segmentation model; give a best.pt of this script")
@@ -637,15 +649,12 @@ def main():
             cfg = dataclasses.replace(cfg, num_classes=len(val_source.classes))
             common.check(asked in (0, cfg.num_classes),
                          f"--num_classes {asked}, but --data {cfg.data} has {cfg.num_classes}; leave the flag out")
-        model = make_model(cfg, weights, classes, val_source.classes if val_source else classes)
+        model = make_model(UperNet, cfg, weights, classes, val_source.classes if val_source else classes)
     except ValueError as error:
         common.fail(str(error))
     device, autocast = common.setup(cfg)
     if cfg.predict:
-        try:
-            img = v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(cfg.predict))))
-        except Exception as error:  # broken files raise nearly anything
-            common.fail(f"--predict {cfg.predict}: {getattr(error, 'strerror', None) or error}")
+        img = open_picture(cfg.predict)
         logits = segment(model.to(device).eval(), img, cfg, device, autocast)
         img, = rescale((img,), img.shape[1:], 640, 1280)  # the size of the picture; one of a camera would fill the memory
         path = out_dir / f"{Path(cfg.predict).stem}_segmented.png"
