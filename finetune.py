@@ -46,6 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -369,6 +370,77 @@ def make_optimizer(model, cfg):
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
+
+class Attempt(torch.utils.data.Dataset):
+    """[i] -> read(i) and {}, or None and {file: reason}."""
+
+    def __init__(self, read, source):
+        self.read, self.source = read, source
+
+    def __getitem__(self, i):
+        try:
+            return self.read(i), {}
+        except Exception as error:  # broken files raise nearly anything
+            return None, {common.name_of(self.source, i): f"{type(error).__name__}: {error}"}
+
+
+def read_each(read, source, ids, cfg, batch_size=100):
+    """Yield lists of read(i) for this process's part of `ids`. Broken files are named, left out, and limited in number."""
+    new_bad = {}
+    for pairs in common.make_loader(Attempt(read, source), cfg, batch_size=batch_size, sampler=ids[common.RANK::common.WORLD],
+                                    collate_fn=list):
+        for _, bad in pairs:
+            new_bad |= bad
+        if items := [item for item, bad in pairs if not bad]:
+            yield items
+    common.note_bad({}, new_bad, len(ids), cfg)
+
+
+class Centered:
+    """[i] -> center crop uint8 (3, S, S), a draw that no seed changes, label."""
+
+    def __init__(self, source, cfg, draw):
+        self.source, self.cfg, self.draw = source, cfg, draw
+        self.crop = v2.Compose([v2.Resize(cfg.img_size, InterpolationMode.BICUBIC), v2.CenterCrop(cfg.img_size)])
+
+    def read(self, i):
+        image, label = self.source[i]
+        return self.crop(common.to_rgb(image)), self.draw(np.random.default_rng((0, i)), self.cfg), label
+
+
+@torch.no_grad()
+def evaluate_encoder(model, cfg, device, autocast, samples):
+    """For pretraining: loss and metrics on val/, always under the same masks; with labels also kNN accuracy -> by name.
+
+    kNN is weighted as in DINO, k = 20, on the mean patch features of the last block. Exact for any number of processes.
+    """
+    encoder, sums, found = getattr(model, "exported", getattr(model, "encoder")), {}, []
+    val = common.open_data(cfg, "val")
+    for source, limit in ((samples.source, cfg.eval_images), (val, max(1, cfg.eval_images // 5))):
+        ids, parts = np.random.default_rng(0).permutation(len(source))[:limit].tolist(), []
+        for items in read_each(Centered(source, cfg, samples.draw).read, source, ids, cfg):
+            imgs, draws, labels = torch.utils.data.default_collate(items)
+            imgs, draws = common.to_device(imgs, draws, device)
+            with autocast:
+                features = encoder.norm(encoder(imgs)[-1])[:, 1:].float().mean(1)  # (B, D)
+                loss, metrics = model(imgs, draws) if source is val else (torch.zeros(()), {})
+            parts.append((F.normalize(features).cpu(), labels))
+            for name, value in dict(n=torch.ones(()), loss=loss, **metrics).items() if source is val else ():
+                sums[name] = sums.get(name, 0) + len(imgs) * value.item()
+        found.append([torch.cat(x) for x in zip(*sum(common.gather(parts), []))])
+    sums = {name: sum(part.get(name, 0) for part in common.gather(sums)) for name in sums}
+    n = sums.pop("n")
+    figures = {f"val_{name}": value / n for name, value in sums.items()}
+    classes = getattr(samples.source, "classes", [])
+    return figures if classes == [""] else dict(knn=knn_accuracy(*found[0], *found[1]), **figures)
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
+    """Percent of queries (n, D) whose weighted vote of the k nearest in bank (m, D) is right; all are of length 1."""
+    similarity, ids = (queries @ bank.T).topk(min(k, len(bank)))
+    votes = torch.zeros(len(queries), 1 + int(max(labels.max(), bank_labels.max())))
+    votes.scatter_add_(1, bank_labels[ids], (similarity / temperature).exp())
+    return 100 * (votes.argmax(1) == labels).float().mean().item()
 
 @torch.no_grad()
 def accuracy(model, source, crop, cfg, device, autocast, keep=None):
