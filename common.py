@@ -18,12 +18,11 @@ Randomness is keyed, never stateful. Crop, flip, and mask of a sample are functi
 of an epoch of (seed, epoch), anything random inside the model of (seed, step, rank, micro-batch). So the data do not
 depend on processes, workers, or micro-batches, and a checkpoint needs no generator state.
 
-Buffers are not synchronized between processes: reduce what a model collects in `forward`, and fold it in in
-`after_step`. Persistent buffers are in last.pt.
+Buffers are not synchronized: reduce over processes, in `after_step`, what a model collects in `forward`. Persistent
+buffers are in last.pt.
 """
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import inspect
@@ -36,7 +35,7 @@ import sys
 import time
 import zipfile
 from collections import ChainMap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -81,8 +80,9 @@ class RunConfig:
     max_bad: float = 0.01  # [ours] fraction of unreadable images above which a run stops
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, lowest = getattr(self, f.name), 1 if type(f.default) is int and f.default > 0 else 0
+        for f in fields(self):
+            value = getattr(self, f.name)
+            lowest = int(type(f.default) is int and f.default > 0 and f.name != "num_workers")
             if isinstance(value, (int, float)):
                 assert lowest <= value < math.inf, f"--{f.name} must be finite and at least {lowest}, got {value}"
         assert self.data, "--data is empty"
@@ -93,11 +93,11 @@ def parse(Config, presets, doc="", argv=None):
     """Command line -> frozen Config. One field, one flag; its comment is the help; --preset replaces defaults."""
     source = "".join(inspect.getsource(c) for c in reversed(Config.__mro__[:-1]))
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="%(prog)s [--flag value ...]", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = "\n".join(f"--preset {k}: {' '.join(f'{f}={x}' for f, x in v.items())}" for k, v in presets.items())
     parser.add_argument("--preset", choices=presets, help="[ours] replaces defaults, as listed at the end")
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         kind, args = get_origin(f.type) or f.type, get_args(f.type)
         if f.name not in helps or kind not in (bool, int, float, str, tuple, Literal):
             sys.exit(f"Config.{f.name} needs a type that a flag can have (bool, int, float, str, tuple[float, ...], "
@@ -132,9 +132,10 @@ def open_data(cfg, split):
     if cfg.data == "shapes":
         return Shapes(split, cfg.img_size)
     if path.is_dir():
-        if split == "val" and not (path / "val").is_dir():
-            sys.exit(f"--data: evaluation needs the folder {path.absolute() / 'val'}")
-        return Folder(path / split if (path / split).is_dir() else path, loader=Image.open, is_valid_file=is_image)
+        try:
+            return Folder(path / split if split == "val" or (path / split).is_dir() else path)
+        except FileNotFoundError as error:  # no such folder, or no images in it
+            sys.exit(f"--data {path.absolute()}, {split}: {error}")
     if not inspect.isclass(make):
         sys.exit(f"--data {path.absolute()} is not a folder, nor {cfg.data} a class in torchvision.datasets")
     flags = inspect.signature(make).parameters
@@ -147,16 +148,15 @@ def open_data(cfg, split):
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """ImageFolder without hidden class folders; one without any class folder is unlabeled, with `classes` [""]."""
+    """ImageFolder without hidden folders and files; one without any class folder is unlabeled, with `classes` [""]."""
+
+    def __init__(self, root):
+        super().__init__(root, loader=Image.open, is_valid_file=lambda path: not os.path.basename(path).startswith(".")
+                         and path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
 
     def find_classes(self, root):
         classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) or [""]
         return classes, {name: i for i, name in enumerate(classes)}
-
-
-def is_image(path):
-    name = os.path.basename(path).lower()
-    return not name.startswith(".") and name.endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
 
 
 def name_of(source, index):
@@ -173,10 +173,7 @@ def to_rgb(image):
 
 
 class Samples(Dataset):
-    """Training samples by key (epoch, index). An unreadable image is replaced by another one, always the same.
-
-    Subclasses bring their own `read(index)`, whose errors mean a broken file, `sample(item, rng)`, or `collate(batch)`.
-    """
+    """Training samples by key (epoch, index). An unreadable image is replaced by another one, always the same."""
 
     def __init__(self, source, cfg, draw=None):
         self.source, self.cfg, self.draw = source, cfg, draw
@@ -199,6 +196,7 @@ class Samples(Dataset):
         sys.exit(f"20 unreadable images in a row: {bad}")
 
     def read(self, index):
+        """-> uint8 (3, H, W), label. An error here means a broken file."""
         image, label = self.source[index]
         return to_rgb(image), label
 
@@ -321,10 +319,9 @@ def init_encoder(encoder, cfg):
 
 def describe(cfg, model, source):
     """What a file says of its run: flags, data, method, and the method's code."""
-    flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(cfg).items()}  # as torch.load will return them
     code = inspect.getsource(sys.modules[type(model).__module__])
-    return flags | dict(method=type(model).__name__.lower(), code=code, images=len(source), mean=[*MEAN], std=[*STD],
-                        classes=[str(c) for c in getattr(source, "classes", [])])
+    return vars(cfg) | dict(method=type(model).__name__.lower(), code=code, images=len(source), mean=MEAN, std=STD,
+                            classes=[str(c) for c in getattr(source, "classes", [])])
 
 
 def resume(model, about, last):
@@ -339,7 +336,7 @@ def resume(model, about, last):
         state = load(previous)
         if RANK == 0 and last.exists():
             last.rename(last.with_name("last.damaged.pt"))  # it must not take the place of the good one
-    was, free = state["about"], {f.name for f in dataclasses.fields(RunConfig)} - {"init", "seed"} | {"code"}
+    was, free = state["about"], {f.name for f in fields(RunConfig)} - {"init", "seed"} | {"code"}
     changed = [f"{k}: checkpoint {str(was.get(k)):.80}, command {str(v):.80}" for k, v in about.items()
                if k not in free and was.get(k) != v]
     if changed:
@@ -364,10 +361,8 @@ def open_log(path):
 def write_log(log, **line):
     """Log numbers by name, and print those without a slash in their name."""
     print0("  ".join(f"{k} {v:.4g}" for k, v in line.items() if "/" not in k))
-    try:
+    with contextlib.suppress(OSError):  # a full disk, of which the next save warns
         log.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}).encode() + b"\n")
-    except OSError as error:
-        print0(f"warning: log.jsonl not written: {error}")
 
 
 def checkpoint(out, model, optimizer, samples, device, autocast, **state):
@@ -462,20 +457,18 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         optimizer.load_state_dict(state["optimizer"])
     if cfg.compile:
         model.compile()
-    ddp = model
-    if WORLD > 1:
-        ddp = DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
-        ddp.broadcast_buffers = False  # they are constants, or the model's own business
+    ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
+    ddp.broadcast_buffers = False  # they are constants, or the model's own business
     keys = batches(n, cfg, micro, step, stop)
     loader = iter(make_loader(samples, cfg, batch_sampler=keys, collate_fn=samples.collate))
-    print0(f"{about['method']}, {sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters; "
-           f"{n:,} images of {cfg.data}; {device}, {'bf16' if autocast._enabled else 'fp32'}\nbatch {cfg.batch_size} = "
-           f"{WORLD} processes x {accumulate} micro-batches x {micro}; steps {step:,} to {stop:,} of {total:,}")
+    kind, sizes = "bf16" if autocast._enabled else "fp32", [p.numel() for p in model.parameters() if p.requires_grad]
+    print0(f"{about['method']}: {sum(sizes):,} trainable parameters, {device} {kind}, {n:,} images of {cfg.data}\n"
+           f"batch {cfg.batch_size} = {WORLD} processes x {accumulate} micro-batches x {micro}, "
+           f"steps {step:,} to {stop:,} of {total:,}")
 
     signals = []  # a handler only notes the signal: the loop finishes the step, saves, and exits
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: signals.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
     caught, saved, logged, busy, waited = 0, True, step, 0.0, 0.0
@@ -515,8 +508,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
             dist.all_reduce(flags)
         norm, caught = flags.tolist()  # the only wait for the GPU in a step
         if not math.isfinite(norm):
-            sys.exit(f"gradients not finite at step {step + 1}, loss {metrics['loss'].item():.4g} in process {RANK}; not a "
-                     "step taken: resume with --clip_grad 3 or --precision fp32, or lower the learning rate")
+            sys.exit(f"gradients not finite at step {step + 1}, loss {metrics['loss'].item():.4g} in process {RANK}; from the"
+                     " last checkpoint, go on with --clip_grad 3 or --precision fp32, or start over at a lower rate")
         optimizer.step()
         optimizer.zero_grad()
         step += 1

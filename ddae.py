@@ -30,8 +30,6 @@ decay); MAE's initialization.
 
     python ddae.py --preset quick                                       # generated images, 2 CPU cores, 2 minutes
     torchrun --nproc_per_node=8 ddae.py --epochs 100 --data IMAGENET    # the paper's short recipe, ViT-B
-
-A pixel target costs 1.0 per block if the patch mean is predicted, a feature target 2.0 if nothing is known.
 """
 import copy
 import math
@@ -47,6 +45,7 @@ import torch.nn.functional as F
 import common
 
 Supervision = Literal["none", "plain", "d", "ds", "dds"]
+FIRST = dict(plain=-1, d=-1, ds=0, dds=0)  # of the K blocks, the first that a branch supervises: the last alone, or all
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class Config(common.RunConfig):
         check_vit(self)
         assert self.depth % self.K == 0, f"--depth {self.depth} must be divisible by --K {self.K}"
         assert {self.pixel, self.feature} != {"none"}, "--pixel none --feature none leaves nothing to learn from"
+        assert max(self.momentum, default=1) < 1, "--momentum must be below 1"
         K = self.K
         for name, counts in dict(beta_init=(1, K), loss_scale=(1, K), reg=(0, 1, K), momentum=(1, 3)).items():
             assert len(getattr(self, name)) in counts, f"--{name} takes {' or '.join(map(str, counts))} values"
@@ -97,7 +97,6 @@ class Config(common.RunConfig):
 PRESETS = {
     "tiny": dict(embed_dim=192, num_heads=3, decoder_dim=192, decoder_heads=3),
     "small": dict(embed_dim=384, num_heads=6),
-    "base": dict(),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "mae": dict(pixel="plain", feature="none", mask="random", decoder_depth=8),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64, decoder_heads=2,
@@ -109,8 +108,8 @@ PRESETS = {
 # --- shared by all methods, word for word: ViT and decoder, under timm's and MAE's names ------------------------------
 
 def check_vit(cfg):
-    N = (cfg.img_size // cfg.patch_size) ** 2
     assert cfg.img_size % cfg.patch_size == 0, f"--img_size must be divisible by --patch_size {cfg.patch_size}"
+    N = (cfg.img_size // cfg.patch_size) ** 2
     assert 0 < cfg.num_keep < N, f"--mask_ratio {cfg.mask_ratio} must leave some of {N} patches visible and some masked"
     for width, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
         assert getattr(cfg, width) % getattr(cfg, heads) == getattr(cfg, width) % 4 == 0, \
@@ -136,16 +135,12 @@ def take(tokens, ids):
 
 
 def unshuffle(visible, masked, ids_shuffle):
-    """Tokens (B, V, D) and (B, M, D) -> (B, N, D) in the order of the image."""
-    ids_restore = ids_shuffle.argsort(1)  # argsort of a permutation is its inverse
-    return take(torch.cat((visible, masked), 1), ids_restore)
+    """Tokens (B, V, D) and (B, M, D) -> (B, N, D) in the order of the image: argsort inverts a permutation."""
+    return take(torch.cat((visible, masked), 1), ids_shuffle.argsort(1))
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed table (1, 1 + h*w, dim): zeros for [CLS], then sin | cos of each patch's column and of its row.
-
-    Columns come first, as in MAE's released weights; MoCo-v3 and BootMAE put rows first.
-    """
+    """Fixed table (1, 1 + h*w, dim): zeros for [CLS]; sin | cos of each patch's column, then of its row, as in MAE."""
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, col = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angle = torch.stack((col.flatten(), row.flatten()), 1).unsqueeze(-1) * omega  # (N, 2, dim/4)
@@ -238,7 +233,7 @@ class Decoder(nn.Module):
     def forward(self, latent, ids_shuffle):
         """latent (K, B, 1 + V, D), ids_shuffle (B, N) -> (K, B, M, out_dim): all K blocks in one pass.
 
-        Tokens stay in shuffled order, [CLS], visible, masked: attention is blind to order, the table gives positions.
+        Tokens stay in shuffled order: attention is blind to order, the table gives positions.
         """
         K, B, T, _ = latent.shape
         pos = self.decoder_pos_embed[0, 1:][ids_shuffle]  # (B, N, Dd); [CLS]'s own row is zero
@@ -255,10 +250,10 @@ class Decoder(nn.Module):
 # --- masking ----------------------------------------------------------------------------------------------------------
 
 def block_mask(rng, grid, num_mask):
-    """Draw BEiT's rectangles until exactly `num_mask` patches are covered -> bool (h, w), True = masked.
+    """Draw rectangles until exactly `num_mask` patches are covered -> bool (h, w), True = masked. [BEiT Algorithm 1]
 
-    A rectangle has an area of 16 patches (on a 14 x 14 grid, in proportion on others) up to what is still missing, an
-    aspect ratio of 0.3 to 1/0.3, and may overlap earlier ones. [BEiT Algorithm 1, whose count may fall short]
+    A rectangle has an area of 16 patches (of 14 x 14, in proportion on other grids) up to what is still missing, an
+    aspect ratio of 0.3 to 1/0.3, and may overlap earlier ones. BEiT's count may fall short.
     """
     h, w = grid
     mask, missing, smallest = np.zeros(grid, bool), num_mask, max(1.0, 16 * h * w / 196)
@@ -281,7 +276,7 @@ def draw_mask(rng, cfg):
     """Everything random about a sample besides its crop -> ids_shuffle (N,), visible patches first."""
     side = cfg.img_size // cfg.patch_size
     num_mask = side * side - cfg.num_keep
-    # Fork here: any bool array with exactly num_mask True entries is a mask. The distance map needs the final one.
+    # Fork here: any bool array with exactly num_mask True entries is a mask.
     if cfg.mask == "block":
         masked = block_mask(rng, (side, side), num_mask).ravel()
     elif cfg.mask == "random":
@@ -294,17 +289,10 @@ def draw_mask(rng, cfg):
 
 # --- distance map and loss weights ------------------------------------------------------------------------------------
 
-def patch_distances(grid):
-    """Euclidean distance between every two patches of the grid, in patches -> (N, N)."""
-    cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))  # (N, 2)
-    return torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist")
-
-
 def distance_map(ids_keep, distances):
     """D(m), from each patch to the nearest visible one: ids_keep (B, V), distances (N, N) -> (B, N).
 
-    Equals scipy.ndimage.distance_transform_edt(mask), several times faster: 0 if visible, at least 1 if masked. Raw, as
-    Eq. 2 defines it; the papers' figures divide by the largest.
+    scipy's distance_transform_edt(mask), but faster: 0 if visible, else at least 1. The figures divide by the largest.
     """
     return distances[ids_keep].amin(1)
 
@@ -312,8 +300,8 @@ def distance_map(ids_keep, distances):
 def h_beta(distance, beta):
     """Eq. 2 and Algorithm 1: distance (B, M) of masked patches, beta (K,) -> weight (K, B, M) in (0, 1], excess (K, B).
 
-    Excess is the L2 norm of the softmax less its minimum 1 / sqrt(M), so that equal weights have 0; no gradient changes.
-    Only masked patches enter: 0 ** beta is infinite for beta < 0.
+    Excess is the L2 norm less its minimum 1 / sqrt(M): equal weights cost 0. Visible patches stay out, as 0 ** -0.5 is
+    infinite.
     """
     s = (distance ** beta[:, None, None]).softmax(-1)  # Eq. 2
     excess = s.norm(dim=-1) - s.shape[-1] ** -0.5
@@ -322,23 +310,17 @@ def h_beta(distance, beta):
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-# Fork here: a target is any function of the true masked patches (B, M, P), and its inverse draws a prediction.
 
 def pixel_target(patches, norm_pix):
-    """norm_pix: each patch to mean 0 and variance 1, as in MAE."""
+    """Masked patches (B, M, P) -> target; norm_pix: mean 0, variance 1 per patch, as in MAE. Fork here: any target."""
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt() if norm_pix else patches
 
 
 def pixel_picture(pred, patches, norm_pix):
-    """Inverse of `pixel_target`; the mean and deviation are those of the true patches."""
+    """Inverse of `pixel_target` for the picture, with the mean and deviation of the true patches."""
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     return pred * (var + 1e-6).sqrt() + mean if norm_pix else pred
-
-
-def momentum_at(epoch, momentum):
-    """EMA momentum: linear between epochs 0, 100, and 400, or constant. [ICLR App. A; both texts also say 0.9999]"""
-    return float(np.interp(epoch, (0, 100, 400), momentum)) if len(momentum) == 3 else momentum[0]
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
@@ -351,24 +333,26 @@ class DDAE(nn.Module):
         self.cfg, D, p, K = cfg, cfg.embed_dim, cfg.patch_size, cfg.K
         self.taps = [cfg.depth // K * i for i in range(1, K + 1)]  # g_i, counted from 1
         self.encoder = ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads)
-        grid = self.encoder.grid
         common.init_encoder(self.encoder, cfg)
+        grid = self.encoder.grid
         if cfg.pixel != "none":
             self.pixel_decoder = Decoder(D, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, grid, 3 * p * p)
         if cfg.feature != "none":
             self.feature_decoder = Decoder(D, D, cfg.decoder_depth, cfg.num_heads, grid, D)
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
+        def per_block(values):  # one or K values -> (K,)
+            return torch.tensor(values).repeat(K)[:K]
+
         dynamic = {"dds": range(K), "d": range(K - 1, K)}  # the blocks whose beta is in use
         used = [any(i in dynamic.get(kind, ()) for kind in (cfg.pixel, cfg.feature)) for i in range(K)]
-        self.beta = nn.Parameter(self.per_block(cfg.beta_init), requires_grad=cfg.beta_learnable and any(used))  # (K,)
-        reg = self.per_block(cfg.reg or [0.1 * g for g in self.taps]) * torch.tensor(used)
+        self.beta = nn.Parameter(per_block(cfg.beta_init), requires_grad=cfg.beta_learnable and any(used))
+        reg = per_block(cfg.reg or [0.1 * g for g in self.taps]) * torch.tensor(used)
         self.register_buffer("reg", reg, persistent=False)  # lambda_i
-        self.register_buffer("loss_scale", self.per_block(cfg.loss_scale), persistent=False)
-        self.register_buffer("distances", patch_distances(grid), persistent=False)
-
-    def per_block(self, values):
-        return torch.tensor(values).expand(self.cfg.K).clone()
+        self.register_buffer("loss_scale", per_block(cfg.loss_scale), persistent=False)
+        cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))  # (N, 2)
+        distances = torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N), in patches
+        self.register_buffer("distances", distances, persistent=False)
 
     def forward(self, imgs, ids_shuffle):
         """imgs (B, 3, H, W), ids_shuffle (B, N) -> loss (), metrics: name -> tensor ()."""
@@ -379,15 +363,15 @@ class DDAE(nn.Module):
         loss = 0
         if cfg.pixel != "none":
             target = pixel_target(take(patchify(imgs, cfg.patch_size), ids_mask), cfg.norm_pix)  # (B, M, P)
-            pred = self.pixel_decoder(latent[first(cfg.pixel):], ids_shuffle)  # (K, B, M, P)
+            pred = self.pixel_decoder(latent[FIRST[cfg.pixel]:], ids_shuffle)  # (K, B, M, P)
             error = (pred - target).square().mean(-1)  # (K, B, M)
             loss += self.weighted(error, weight, cfg.pixel)  # Eq. 3
             metrics["pixel"] = error.mean((1, 2))  # unweighted: only such errors compare across betas
         if cfg.feature != "none":
             target, target_std = self.targets(imgs, ids_mask)  # (K, B, M, D), (K,)
-            pred = self.feature_decoder(latent[first(cfg.feature):], ids_shuffle)
+            pred = self.feature_decoder(latent[FIRST[cfg.feature]:], ids_shuffle)
             pred = F.layer_norm(pred.float(), pred.shape[-1:], eps=1e-6)  # like the target, as in BootMAE
-            error = (pred - target[first(cfg.feature):]).square().mean(-1)  # (K, B, M)
+            error = (pred - target[FIRST[cfg.feature]:]).square().mean(-1)  # (K, B, M)
             loss += self.weighted(error, weight, cfg.feature)  # Eq. 5
             metrics |= dict(feature=error.mean((1, 2)), target_std=target_std)
         loss += cfg.reg_batch * (self.reg * excess.mean(1)).sum()  # Eq. 6; Algorithm 1 sums over the batch
@@ -412,10 +396,7 @@ class DDAE(nn.Module):
 
     @torch.no_grad()
     def targets(self, imgs, ids_mask):
-        """Teacher's features of the masked patches; it sees the whole image.
-
-        Returns targets (K, B, M, D), each token normalized, and their deviation over the batch before that (K,).
-        """
+        """Teacher's features of the masked patches, normalized -> (K, B, M, D); their deviation before that -> (K,)."""
         outputs = self.teacher(imgs)
         target = torch.stack([take(outputs[g - 1][:, 1:], ids_mask) for g in self.taps]).float()
         return F.layer_norm(target, target.shape[-1:], eps=1e-6), target.flatten(1, 2).std(1, correction=0).mean(1)
@@ -423,15 +404,15 @@ class DDAE(nn.Module):
     @torch.no_grad()
     def after_step(self, step, steps_per_epoch):
         if self.cfg.feature != "none":
-            m = momentum_at(step / steps_per_epoch, self.cfg.momentum)
+            momentum = self.cfg.momentum  # linear between epochs 0, 100, 400, or constant; both texts also say 0.9999
+            m = float(np.interp(step / steps_per_epoch, (0, 100, 400)[:len(momentum)], momentum))
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - m)  # Eq. 4
 
     def preview(self, imgs, ids_shuffle):
         """Panels for preview.png: title -> images (B, 3, H, W), or maps (B, h, w)."""
         cfg, grid = self.cfg, self.encoder.grid
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]
-        patches = patchify(imgs, cfg.patch_size)
-        visible, true = take(patches, ids_keep), take(patches, ids_mask)
+        visible, true = (take(patchify(imgs, cfg.patch_size), ids) for ids in (ids_keep, ids_mask))
 
         def picture(masked):  # (B, M, P) -> (B, 3, H, W)
             return unpatchify(unshuffle(visible, masked, ids_shuffle), cfg.patch_size, grid)
@@ -441,16 +422,10 @@ class DDAE(nn.Module):
             pred = self.pixel_decoder(self.encode(imgs, ids_keep)[-1:], ids_shuffle)[0].float()  # (B, M, P)
             panels["reconstruction"] = picture(pixel_picture(pred, true, cfg.norm_pix))
         panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
-        blank = torch.zeros_like(ids_keep, dtype=torch.float).unsqueeze(-1)
-        for g, beta, weight in zip(self.taps, self.beta, self.weights(ids_keep, ids_mask)[0]):
-            weight = unshuffle(blank, weight.unsqueeze(-1), ids_shuffle)  # Algorithm 1: zeros where visible
+        for g, beta, weight in zip(self.taps, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)
+            weight = unshuffle(torch.zeros_like(visible[..., :1]), weight.unsqueeze(-1), ids_shuffle)  # Algorithm 1
             panels[f"weight, block {g}\n(beta {beta:.2f})"] = weight.squeeze(-1).unflatten(1, grid)
         return panels
-
-
-def first(kind):
-    """Index of the first of the K blocks that a branch supervises: all K, or the last one without deep supervision."""
-    return 0 if kind in ("ds", "dds") else -1
 
 
 def main():

@@ -1,47 +1,52 @@
 """
-What an encoder is worth: fine-tuning, linear probe, k nearest neighbours, training from scratch, evaluation.
+Evaluate a pretrained encoder: fine-tuning, linear probe, nearest neighbors, and training from scratch to compare with.
 
-    --mode finetune    all weights, layer-wise learning rates, mixup, RandAugment (recipes mae, ddae, deepmim, sdae, ...)
-    --mode linear      a linear layer on frozen features, LARS
-    --mode knn         no training: weighted votes of the nearest training images
-    --mode scratch     the same training without pretrained weights; --init then gives the sizes only
-    --eval             no training: accuracy of a fine-tuned file
+    --mode finetune    train all weights, with layer-wise learning rates, mixup, and RandAugment [MAE App. A.1]
+    --mode linear      train a linear layer on frozen features, with LARS [MAE App. A.1]: --preset linear, linear_boot, ...
+    --mode knn         no training: weighted vote of the 20 nearest training images [DINO]
+    --mode scratch     train without pretrained weights [MAE App. A.2]: --preset scratch; --init then gives only the sizes
+    --eval             no training: accuracy of a fine-tuned model.pt on val/
 
-`--init` takes encoder.pt of any method here, best.pt of this file, or a ViT of MAE or timm. What is loaded, left out and
-drawn anew is printed; anything missing but head and fc_norm is an error (`--allow_partial`).
+`--init` takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm. Which tensors were used,
+initialized anew, and left out is printed. Only head, fc_norm, and bn may be missing, unless --allow_partial is given.
+The last model is evaluated and saved, in out_dir/model.pt.
 
-One training step, `Classifier.forward`:
-    imgs, soft labels = mixup or cutmix of pairs in the batch
-    tokens = blocks(patch_embed(imgs) + pos_embed)
-    logits = head(fc_norm(mean of the patch tokens))                  # --pool cls: head(norm(tokens)[CLS])
-    loss   = cross-entropy of soft, smoothed labels
+One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
+    imgs, labels = mix(imgs, labels)             # mixup or cutmix of pairs in the batch; labels become soft, (B, C)
+    tokens = vit(imgs)[-1]                       # last block, [CLS] first, (B, 1 + N, D)
+    x      = fc_norm(tokens[:, 1:].mean(1))      # --pool mean; cls: norm(tokens)[:, 0]
+    logits = head(bn(x))                         # bn: batch norm without parameters, --mode linear only
+    loss   = cross_entropy(logits, labels)       # labels smoothed
 
-Learning rates: lr = base_lr * batch_size / 256 of the head, times layer_decay ** (depth + 1 - i) at layer i; embeddings
-are layer 0, head and fc_norm layer depth + 1.
+The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
+block i is layer i + 1, head and fc_norm are layer depth + 1.
 
-Where the papers contradict one another or themselves:
-  - DDAE states 8e-3 at batch 1024, four times MAE's, CAE's and SdAE's rate; CAE's 8e-3 is of batch 4096, which recipe
-    `ddae` assumes. `ddae_literal` takes the text's word
-  - DeepMIM states 2e-4 (CLIP: 4e-4) at 1024 without base; its CLIP log peaks at 4e-4, so both are read as absolute. Layer
-    decay 0.6 is of 800 epochs in its text (`deepmim_800`), of 1600 in its repository, there for CLIP
-  - SdAE's 5e-4 is a base rate, as MAE's, from which it takes the rest
-What is not as in MAE's code:
-  - RandAugment is torchvision's, two operations of probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10. It is
-    bilinear, has Identity, no noise on the magnitude, no Invert and SolarizeAdd, and its Posterize keeps more bits
-  - the probe's random crop is torchvision's, which looks for a fitting aspect ratio; MAE's takes the first draw
-  - in fine-tuning a head that --init holds is kept if it fits the classes, where MAE's code draws it anew
-  - no moving average of the weights, which MAE takes from scratch and BootMAE always
-  - inputs are normalised with ImageNet's mean and deviation, also for files that were trained with 0.5 (some of timm's)
+Where the papers contradict each other or themselves:
+  - DDAE states 8e-3 at batch 1024, four times the rate of MAE, CAE, and SdAE. CAE's 8e-3 is for batch 4096, which preset
+    `ddae` assumes; `ddae_literal` follows the text.
+  - DeepMIM states 2e-4 (CLIP: 4e-4) at batch 1024, not saying whether it is a base rate. Its CLIP log peaks at 4e-4, so
+    neither is. Layer decay 0.6 is for 800 epochs in the text (`deepmim_800`), for CLIP and 1600 in its repository.
+  - SdAE's 5e-4 is a base rate as in MAE, from which it takes the rest.
+Differs from MAE's code:
+  - RandAugment is torchvision's, two operations with probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10.
+    It is bilinear, has Identity, no noise on the magnitude, no Invert or SolarizeAdd; its Posterize keeps more bits.
+  - The probe's random crop is torchvision's, which retries for a fitting aspect ratio; MAE's takes the first draw.
+  - A head in --init is kept if it is for the same classes; MAE's fine-tuning initializes it anew.
+  - No EMA of the weights, which MAE uses from scratch and BootMAE always.
+  - Inputs are normalized with ImageNet's mean and deviation, also for files trained with 0.5 (some of timm's).
 
-Run:
-    torchrun --nproc_per_node=8 finetune.py --recipe ddae --data IMAGENET --init out/ddae_b100/encoder.pt --out_dir out/ft
-    torchrun --nproc_per_node=8 finetune.py --mode linear --data IMAGENET --init out/ddae_b100/encoder.pt --out_dir out/lin
-    python finetune.py --eval --data IMAGENET --init out/ft/best.pt                                  # needs val/ only
-    python finetune.py --recipe quick --init out/quick/encoder.pt       # generated images, 2 CPU cores
+    python finetune.py --preset quick --init out/quick/encoder.pt                       # generated images, 2 CPU cores
+    torchrun --nproc_per_node=8 finetune.py --preset ddae --data IMAGENET --init out/encoder.pt --out_dir out/ft
+    torchrun --nproc_per_node=8 finetune.py --preset linear --data IMAGENET --init out/encoder.pt --out_dir out/lin
+    python finetune.py --eval --data IMAGENET --init out/ft/model.pt                    # needs val/ only
 """
 import csv
 import dataclasses
 import functools
+import math
+import re
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,81 +56,67 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
-from ddae import Block, ViT, init_weights
+from ddae import Block, ViT, init_weights, sincos_pos_embed
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
-    mode: Literal["finetune", "linear", "knn", "scratch"] = "finetune"  # [ours] see above
+    mode: Literal["finetune", "linear", "knn", "scratch"] = "finetune"  # [ours] as listed above
     eval: bool = False  # [ours] no training: accuracy of --init on val/
     eval_size: tuple[int, ...] = ()  # [ours] with --eval: height and width to classify at; none: a square of img_size
-    eval_every: float = 1.0  # [ours] epochs between evaluations; the best model is kept in best.pt
-    eval_batch: int = 100  # [ours] images per process at a time in evaluation
-    confusion: bool = False  # [ours] write confusion.csv: rows are classes, columns what they were taken for
-    allow_partial: bool = False  # [ours] go on where --init lacks more than head and fc_norm
-    knn_images: int = 0  # [ours] with --mode knn: images from train/ to compare with; 0: all
+    eval_every: float = 1.0  # [ours] epochs between evaluations on val/; 0: never
+    eval_images: int = 0  # [ours] with --mode knn: images of train/ to compare with; 0: all
+    confusion: bool = False  # [ours] write confusion.csv: a row per class, a column per answer
+    allow_partial: bool = False  # [ours] continue if --init lacks more than head, fc_norm, and bn
     img_size: int = 0  # [MAE] side of the crop, pixels; 0: as in --init, else 224
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    pool: Literal["auto", "mean", "cls"] = "auto"  # [MAE] auto: mean to fine-tune, cls for linear; with --eval by the file
+    pool: Literal["auto", "mean", "cls"] = "auto"  # [MAE] auto: cls for linear, else mean; with --eval as in --init
     layer: int = 0  # [BootMAE] block whose features --mode linear reads; 0: the last
-    last_k: int = 0  # [DeepMIM Fig. 7] train only the last k blocks and the head; 0, or all blocks: everything
-    reinit_last_k: int = 0  # [DeepMIM Fig. 8] draw the last k blocks anew before fine-tuning
+    last_k: int = 0  # [DeepMIM Fig. 7] train only the last k blocks and the head; 0: everything
+    reinit_last_k: int = 0  # [DeepMIM Fig. 8] initialize the last k blocks anew before fine-tuning
     epochs: int = 100  # [MAE] ViT-B; ViT-L 50
     warmup_epochs: float = 5.0  # [MAE] linear warm-up
-    batch_size: int = 1024  # [MAE] images per optimiser step, over all processes
+    batch_size: int = 1024  # [MAE] images per optimizer step, over all processes
     base_lr: float = 5e-4  # [MAE] learning rate of the head = base_lr * batch_size / 256
     min_lr: float = 1e-6  # [MAE] learning rate at the end of the cosine
     layer_decay: float = 0.65  # [MAE] factor from each layer to the one below
-    weight_decay: float = 0.05  # [MAE] not on biases, norms, position table, cls token
+    weight_decay: float = 0.05  # [MAE] not on biases, norms, position table, [CLS]
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [MAE] AdamW's two moments
-    drop_path: float = 0.1  # [MAE] largest share of samples that skip a branch of the last block
+    drop_path: float = 0.1  # [MAE] fraction of samples that skip a branch of the last block
     smoothing: float = 0.1  # [MAE] label smoothing
     mixup: float = 0.8  # [MAE] alpha of mixup; 0: none
-    cutmix: float = 1.0  # [MAE] alpha of cutmix, which takes turns with mixup; 0: none
+    cutmix: float = 1.0  # [MAE] alpha of cutmix, which alternates with mixup at random; 0: none
     rand_augment: int = 27  # [MAE] magnitude of RandAugment, of 30; 0: none
     erase: float = 0.25  # [MAE] probability of random erasing
-    crop_min: float = 0.08  # [MAE] smallest area of the random crop, share of the image
-    crop_pct: float = 0.0  # [MAE] evaluation: crop's side / resized image's shorter; 0: as --init's, else 224/256, above 224 px 1
+    crop_min: float = 0.08  # [MAE] smallest area of the random crop, fraction of the image
+    crop_pct: float = 0.0  # [MAE] center crop / resized shorter side; 0: as in --init, else 224/256, above 224 pixels 1
 
     def __post_init__(self):
         super().__post_init__()
-        check = common.check
-        common.above(0, self, "eval_every eval_batch layer_decay crop_min")
-        for name in ("knn_images", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "layer", "last_k",
-                     "reinit_last_k", "mixup", "cutmix", "crop_pct"):
-            check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        for name in ("drop_path", "smoothing", "erase"):
-            check(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("layer_decay", "crop_min", "crop_pct"):
-            check(getattr(self, name) <= 1, f"--{name} must be at most 1, got {getattr(self, name)}")
-        check(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas),
-              f"--adam_betas takes 2 values in [0, 1), got {self.adam_betas}")
-        check(self.rand_augment in range(31), f"--rand_augment must be in 0..30, got {self.rand_augment}")
-        check(len(self.eval_size) in (0, 2), f"--eval_size takes height and width, got {self.eval_size}")
-        check(not self.eval_size or self.eval, "--eval_size goes with --eval")
-        check(self.init or self.mode == "scratch" and not self.eval,
-              "--init FILE is missing: encoder.pt of a method here, best.pt, or a ViT of MAE or timm (or --mode scratch)")
-        check(self.mode != "linear" or not (self.mixup or self.cutmix or self.drop_path or self.last_k),
-              "--mode linear is trained by --recipe linear or linear_boot, without mixup, cutmix, drop_path and last_k")
-        check(self.mode == "linear" or not self.layer, f"--layer goes with --mode linear, not {self.mode}")
-        check(not (self.last_k or self.reinit_last_k) or self.mode == "finetune" and not self.eval,
-              "--last_k and --reinit_last_k go with --mode finetune, and not with --eval")
-        micro = self.micro_batch or self.batch_size // common.WORLD
-        check(micro != 1 or self.eval or self.mode == "knn" or not (self.mixup or self.cutmix or self.mode == "linear"),
-              "mixup, cutmix and --mode linear's batch norm need --micro_batch 2 at least")
+        assert self.init or self.mode == "scratch" and not self.eval, "--init is missing: encoder.pt, for instance"
+        assert self.eval or self.mode != "linear" or not (self.mixup or self.cutmix or self.drop_path or self.last_k), \
+            "--mode linear needs --preset linear, linear_boot, linear_boot_large, or quick_linear, and no --last_k"
+        assert self.mode == "finetune" and not self.eval or not (self.last_k or self.reinit_last_k), \
+            "--last_k and --reinit_last_k need --mode finetune, without --eval"
+        assert self.mode == "linear" or not self.layer, "--layer needs --mode linear"
+        assert not self.eval_size or self.eval and len(self.eval_size) == 2, "--eval_size is height width, with --eval"
+        assert self.rand_augment <= 30, f"--rand_augment must be at most 30, got {self.rand_augment}"
+        for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "crop_pct"):
+            assert getattr(self, name) <= 1, f"--{name} must be at most 1, got {getattr(self, name)}"
 
 
 LINEAR = dict(mode="linear", epochs=90, warmup_epochs=10, batch_size=16384, base_lr=0.1, min_lr=0.0, weight_decay=0.0,
               layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0)
 SMALL_IMAGES = dict(batch_size=64, rand_augment=0, erase=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, crop_pct=1.0,
                     crop_min=0.4, warmup_epochs=0.2)
-RECIPES = {
+PRESETS = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "ddae": dict(),  # 8e-3 at 4096 is MAE's 2e-3 at 1024; decay 0.65, warm-up 5, 100 epochs as well
@@ -151,32 +142,19 @@ RECIPES = {
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-def open_labelled(cfg):
-    """Train and val images of --data with the same classes; ends the program with one line where they are not so.
-
-    With --eval, val images alone.
-    """
-    if not cfg.eval and Path(cfg.data, "val").is_dir() and not Path(cfg.data, "train").is_dir():
-        common.fail(f"--data {cfg.data} has val/ but no train/; add it, or give --eval")
-    sources = [common.open_data(cfg, split) for split in ("train", "val")[cfg.eval:]]
-    for source in sources:
-        if source.labels is None:
-            common.fail(f"--data {cfg.data} has no labels; it needs train/ and val/, each with a folder per class")
-        if isinstance(source, common.Folder):
-            empty = sorted({p.name for p in source.root.iterdir() if p.is_dir() and p.name[0] != "."} - set(source.classes))
-            if empty:
-                common.fail(f"class folder {(source.root / empty[0]).absolute()} holds no images; fill or remove it, "
-                            "in train/ and in val/")
-    train, val = list(sources[0].classes), list(sources[-1].classes)
-    if train != val:
-        where, names = ("val", set(train) - set(val)) if set(train) - set(val) else ("train", set(val) - set(train))
-        common.fail(f"{where}/ of --data {cfg.data} lacks {len(names)} of the classes, e.g. the folder {min(names)}; "
-                    "train/ and val/ must have the same")
-    return sources
+def open_labeled(cfg):
+    """Training and validation images of --data, and their classes, which must agree. --eval needs only validation."""
+    val = common.open_data(cfg, "val")
+    train = val if cfg.eval else common.open_data(cfg, "train")
+    names, val_names = ([str(c) for c in getattr(source, "classes", [])] for source in (train, val))
+    if names != val_names or names in ([], [""]):
+        sys.exit(f"--data {cfg.data} needs the same class folders in train/ and val/; these are not in both: "
+                 f"{sorted(set(names) ^ set(val_names))[:5]}")
+    return train, val, names
 
 
 class Erase(nn.Module):
-    """Random erasing of uint8 images with noise, as MAE's: deviation 1 after normalisation, here cut off at 0 and 255."""
+    """Random erasing of uint8 images with noise of deviation 1 after normalization, as in MAE; clipped to 0 and 255 here."""
 
     def __init__(self, p):
         super().__init__()
@@ -192,45 +170,125 @@ class Erase(nn.Module):
 
 
 class Samples(common.Samples):
-    """Augmented crops with labels, by key (epoch, index) -> uint8 (3, S, S), label, key, unreadable files."""
+    """Augmented crops uint8 (3, S, S) with their labels."""
 
     def __init__(self, source, cfg):
-        super().__init__(source, cfg, draw=None)
+        super().__init__(source, cfg)
         fill = [round(255 * m) for m in common.MEAN]
         augment = v2.RandAugment(1, cfg.rand_augment, interpolation=InterpolationMode.BILINEAR, fill=fill)
         twice = [v2.RandomApply([augment], 0.5)] * 2 if cfg.rand_augment else []
         self.crop = v2.Compose([self.crop, *twice, *([Erase(cfg.erase)] if cfg.erase else [])])
 
-    def sample(self, index, drawn):
-        return super().sample(index, drawn)[0], self.source.label(index)
+    def sample(self, item, rng):
+        image, label = item
+        return self.crop(image), label
 
 
-def centre_crop(size, crop_pct):
-    """Resize the shorter side to the crop's longer / crop_pct, bicubic, and cut the middle out; size (height, width)."""
-    return v2.Compose([v2.PILToTensor(), v2.Resize(round(max(size) / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+def center_crop(size, crop_pct=1.0):
+    """Resize the shorter side to the crop's longer / crop_pct, bicubic, and cut out the center; size (height, width)."""
+    return v2.Compose([v2.Resize(round(max(size) / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+
+
+def read_cropped(crop, source, i):
+    """-> crop uint8 (3, h, w), label, i."""
+    image, label = source[i]
+    return crop(common.to_rgb(image)), label, i
+
+
+# --- ViT files --------------------------------------------------------------------------------------------------------
+
+def read_weights(path):
+    """encoder.pt, model.pt, or a ViT of MAE or timm, bare or under "model" -> tensors by name, config ({} if none)."""
+    file = common.load(path)
+    if not isinstance(file, dict) or not isinstance(file.get("model", file), dict):
+        sys.exit(f"{path} holds no tensors by name")
+    weights = {k.removeprefix("encoder."): v for k, v in file.get("model", file).items() if torch.is_tensor(v)}
+    return weights, file["config"] if isinstance(file.get("config"), dict) else {}
+
+
+def vit_sizes(weights, config, path):
+    """img_size, patch_size, embed_dim, depth, and num_heads of a ViT's weights. Ends the program for other weights."""
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("cls_token", 3)):
+        if name not in weights or weights[name].ndim != ndim:
+            sys.exit(f"{path} holds no ViT: {name} is missing or has another shape; give encoder.pt")
+    known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
+    more = [k for k in weights if re.match(r"patch_embed|blocks|norm_pre|reg_token", k) and not re.match(known, k)]
+    if more:
+        sys.exit(f"{path} is another kind of ViT: {len(more)} tensors are unknown here, such as {more[0]}")
+    D, _, p, _ = weights["patch_embed.proj.weight"].shape
+    side = math.isqrt(max(0, weights["pos_embed"].shape[1] - 1))
+    # Weights do not tell the number of heads. Usual are 64 channels per head, but 80 in MAE's and timm's ViT-H.
+    heads = config.get("num_heads", 16 if D == 1280 else max(1, D // 64))
+    if side ** 2 + 1 != weights["pos_embed"].shape[1] or D % 4 or D % heads:
+        sys.exit(f"{path}: pos_embed is not square, or width {D} is not divisible by 4 and by {heads} heads")
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    return dict(img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
+
+
+def resize_pos_embed(table, grid):
+    """Position table (1, 1 + n*n, D) -> (1, 1 + h*w, D) for a (h, w) grid: bicubic, [CLS]'s row kept."""
+    side = math.isqrt(table.shape[1] - 1)
+    if (side, side) == tuple(grid):
+        return table
+    rows = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
+    rows = F.interpolate(rows, grid, mode="bicubic", align_corners=False)
+    return torch.cat((table[:, :1], rows.flatten(2).transpose(1, 2).to(table)), 1)
+
+
+def settle(cfg):
+    """Read --init -> Config with the sizes, pool, and crop that it decides; its tensors by name; its class names.
+
+    A resumed run does not need the file: it has its own sizes in out_dir/model.pt and its weights in last.pt.
+    """
+    own = Path(cfg.out_dir) / "model.pt"
+    resumes = not cfg.eval and cfg.mode != "knn" and own.exists() and own.with_name("last.pt").exists()
+    path, weights, was = own if resumes else cfg.init, {}, {}
+    sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    if path:
+        weights, was = read_weights(path)
+        sizes = vit_sizes(weights, was, path)
+    for name, size in sizes.items():
+        given = getattr(cfg, name)
+        if path and given not in (0, size) and (name in was or name not in ("img_size", "num_heads")):
+            sys.exit(f"--{name} {given}, but {path} has {size}")
+        sizes[name] = given or size
+    for size in (sizes["img_size"], *cfg.eval_size):
+        if size % sizes["patch_size"]:
+            sys.exit(f"{size} pixels are not divisible by patches of {sizes['patch_size']} pixels")
+    if max(cfg.layer, cfg.last_k, cfg.reinit_last_k) > sizes["depth"]:
+        sys.exit(f"--layer, --last_k, and --reinit_last_k must be at most {sizes['depth']}, the blocks of {path}")
+    sizes["depth"] = cfg.layer or sizes["depth"]  # the blocks above are not used
+    mode, pool = cfg.mode, cfg.pool
+    if cfg.eval:
+        mode = "linear" if "bn.running_mean" in weights else "finetune"
+    if pool == "auto":
+        pool = "cls" if (mode == "linear" if not cfg.eval else "fc_norm.weight" not in weights) else "mean"
+    crop_pct = cfg.crop_pct or was.get("crop_pct") or (0.875 if sizes["img_size"] <= 224 else 1.0)
+    cfg = dataclasses.replace(cfg, mode=mode, pool=pool, crop_pct=crop_pct, **sizes)
+    return cfg, {} if resumes or mode == "scratch" else weights, was.get("classes", [])
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
 class Classifier(ViT):
-    """ViT with a head, under timm's names. Only `linear` has a batch norm before it, and freezes the rest.
+    """ViT with a head, under timm's names, for a Config from `settle`. --mode linear trains the head alone."""
 
-    pool: "mean" puts fc_norm on the mean of the patch tokens, "cls" takes [CLS] after norm.
-    """
-
-    def __init__(self, num_classes, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, drop_path=0.0,
-                 pool="mean", linear=False, smoothing=0.0, mixup=0.0, cutmix=0.0):
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
-        self.pool, self.smoothing = pool, smoothing
-        if pool == "mean":
+    def __init__(self, cfg, num_classes):
+        super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
+        self.cfg, linear = cfg, cfg.mode == "linear"
+        if cfg.eval_size:
+            self.grid = tuple(size // cfg.patch_size for size in cfg.eval_size)
+            self.pos_embed = nn.Parameter(sincos_pos_embed(cfg.embed_dim, self.grid))
+        if cfg.pool == "mean":
             self.norm = nn.Identity()
-            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            self.fc_norm = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
         self.requires_grad_(not linear)  # the position table is trained as well, as in MAE's fine-tuning
-        self.bn = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6) if linear else nn.Identity()
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.bn = nn.BatchNorm1d(cfg.embed_dim, affine=False, eps=1e-6) if linear else nn.Identity()
+        self.head = nn.Linear(cfg.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01 if linear else 2e-5)
         nn.init.zeros_(self.head.bias)
-        mixes = [make(alpha=alpha, num_classes=num_classes) for make, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+        mixes = [make(alpha=alpha, num_classes=num_classes) for make, alpha in ((v2.MixUp, cfg.mixup),
+                                                                                (v2.CutMix, cfg.cutmix)) if alpha]
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
     def forward(self, imgs, labels):
@@ -238,109 +296,80 @@ class Classifier(ViT):
         if self.mix:
             imgs, labels = self.mix(imgs, labels)  # labels (B, C)
         logits = self.logits(imgs)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.cfg.smoothing)
         return loss, {} if self.mix else {"train_acc1": 100 * (logits.argmax(-1) == labels).float().mean()}
 
     def logits(self, imgs):
         """imgs (B, 3, H, W) -> (B, C)."""
-        x = super().forward(imgs)[-1]  # (B, 1 + N, D)
-        x = self.fc_norm(x[:, 1:].mean(1)) if self.pool == "mean" else self.norm(x)[:, 0]  # (B, D)
+        tokens = super().forward(imgs)[-1]  # (B, 1 + N, D)
+        x = self.fc_norm(tokens[:, 1:].mean(1)) if self.cfg.pool == "mean" else self.norm(tokens)[:, 0]  # (B, D)
         return self.head(self.bn(x))
 
 
-def sized(cfg):
-    """Settle what --init decides -> cfg with sizes, pool and crop, its tensors by name, class names it was trained on or none.
-
-    Raises ValueError where flags and file contradict.
-    """
-    sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
-    weights, file, was = {}, {}, {}
-    if cfg.init:
-        weights, (file, was) = common.read_weights(cfg.init), common.header(cfg.init)
-        sizes = common.vit_sizes(weights, cfg.init)
-    free = {"img_size"} if "num_heads" in was else {"img_size", "num_heads"}  # heads leave no trace in the weights
-    for name in sizes:
-        given = getattr(cfg, name)
-        common.check(not given or not cfg.init or name in free or given == sizes[name],
-                     f"--{name} {given}, but {cfg.init} has {sizes[name]}; leave the flag out")
-        sizes[name] = given or sizes[name]
-    img_size, p, depth = sizes["img_size"], sizes["patch_size"], sizes["depth"]
-    for size in (img_size, *cfg.eval_size):
-        common.check(size > 0 and size % p == 0, f"an image side of {size} px is not divisible by patches of {p} px; "
-                     f"use {max(p, size // p * p)} or {size // p * p + p}")
-    D, heads = sizes["embed_dim"], sizes["num_heads"]
-    common.check(D % 4 == 0 and D % heads == 0, f"a width of {D} must be divisible by 4 and by --num_heads {heads}")
-    for name in ("layer", "last_k", "reinit_last_k"):
-        common.check(getattr(cfg, name) <= depth, f"--{name} {getattr(cfg, name)} is out of range: the encoder has {depth} blocks")
-    if cfg.layer:
-        sizes["depth"] = cfg.layer  # the blocks above have no say
-    pool = cfg.pool
-    if pool == "auto" and cfg.eval:
-        pool = "mean" if "fc_norm.weight" in weights else "cls"
-    elif pool == "auto":
-        pool = "cls" if cfg.mode == "linear" else "mean"
-    crop_pct = cfg.crop_pct or was.get("crop_pct") or (0.875 if img_size <= 224 else 1.0)
-    return dataclasses.replace(cfg, pool=pool, crop_pct=crop_pct, **sizes), weights, file.get("classes") or []
-
-
-def brief(names):
-    """Names of tensors in few words: `head (2), blocks (144)`."""
-    counts = {}
-    for name in names:
-        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + 1
-    return ", ".join(f"{k} ({n})" for k, n in counts.items()) or "none"
-
-
-def load_pretrained(model, weights, path, allow_partial=False, need_head=False):
-    """Load a Classifier, its position table resized, and say what was used; a head of another size is left out.
-
-    Raises ValueError where anything but head, fc_norm and bn is missing (unless allow_partial) or of another shape.
-    """
-    own = model.state_dict()
-    weights = dict(weights)
-    weights["pos_embed"] = common.resize_pos_embed(weights["pos_embed"], model.grid)
-    head = weights.get("head.weight")
-    if need_head:
-        common.check(head is not None, f"{path} has no tensor head.weight; give a fine-tuned file, such as best.pt")
-        common.check(len(head) == len(model.head.weight), f"{path} has a head for {len(head)} classes, --data has "
-                     f"{len(model.head.weight)}; give the data it was trained on")
-    used = {k: weights[k] for k in own if k in weights}
-    if head is not None and head.shape != model.head.weight.shape:
-        used = {k: v for k, v in used.items() if not k.startswith("head.")}
-    missing, unexpected = [k for k in own if k not in used], [k for k in weights if k not in used]
-    fresh = () if need_head else ("head.", "fc_norm.", "bn.")
-    lacking = [k for k in missing if not k.startswith(fresh)]
-    common.check(allow_partial or not lacking, f"{path} lacks {brief(lacking)}, e.g. {lacking[:1]}; --allow_partial goes on")
-    common.load_weights(model, {**own, **used}, path)
-    common.say(f"init       {len(used)} of {len(own)} tensors from {path}: {brief(used)}\n"
-               f"           drawn anew: {brief(missing)}; left out: {brief(unexpected)}")
-
-
-def build(cfg, weights, num_classes):
-    """The Classifier that cfg, already `sized`, asks for."""
-    linear = "bn.running_mean" in weights if cfg.eval else cfg.mode == "linear"
-    model = Classifier(num_classes, linear=linear, **common.arguments(Classifier, cfg))
-    if cfg.eval_size:
-        model.grid = tuple(size // cfg.patch_size for size in cfg.eval_size)
-        model.pos_embed = nn.Parameter(common.resize_pos_embed(model.pos_embed.data, model.grid))
-    if cfg.eval or cfg.mode != "scratch":
-        load_pretrained(model, weights, cfg.init, cfg.allow_partial, cfg.eval)
-    if cfg.reinit_last_k:
-        for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
-            model.blocks[i] = Block(cfg.embed_dim, cfg.num_heads, model.blocks[i].drop_path).apply(init_weights)
+def build(cfg, weights, trained_on, classes):
+    """Classifier for these classes, with `weights` of a model for the classes `trained_on` ([] if not known)."""
+    model = Classifier(cfg, len(classes))
+    if cfg.eval and trained_on not in ([], classes):
+        sys.exit(f"{cfg.init} is for other classes than --data: {len(trained_on)} and {len(classes)}, such as "
+                 f"{[pair for pair in zip(trained_on, classes) if pair[0] != pair[1]][:2]}")
+    same = trained_on in ([], classes) and len(weights.get("head.weight", ())) == len(classes)
+    if not cfg.eval and (cfg.mode == "linear" or not same):
+        weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "bn."))}
+    if weights:
+        load_pretrained(model, weights, cfg)
+    for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
+        model.blocks[i] = Block(cfg.embed_dim, cfg.num_heads, model.blocks[i].drop_path).apply(init_weights)
     if 0 < cfg.last_k < cfg.depth:
-        frozen = (model.patch_embed, *model.blocks[:cfg.depth - cfg.last_k])
-        for parameter in (model.cls_token, model.pos_embed, *(p for m in frozen for p in m.parameters())):
-            parameter.requires_grad_(False)
+        model.cls_token.requires_grad_(False)
+        model.pos_embed.requires_grad_(False)
+        for module in (model.patch_embed, *model.blocks[:cfg.depth - cfg.last_k]):
+            module.requires_grad_(False)
     return model
 
 
-# --- optimisers -------------------------------------------------------------------------------------------------------
+def load_pretrained(model, weights, cfg):
+    """Load a Classifier, its position table resized. Print which tensors are used, initialized anew, and left out."""
+    def brief(names):
+        return ", ".join(f"{k} ({n})" for k, n in Counter(k.split(".")[0] for k in names).items()) or "none"
+
+    own = model.state_dict()
+    weights = weights | dict(pos_embed=resize_pos_embed(weights["pos_embed"], model.grid))
+    anew = [k for k in own if k not in weights]
+    lacking = [k for k in anew if cfg.eval or not k.startswith(("head.", "fc_norm.", "bn."))]
+    if lacking and (cfg.eval or not cfg.allow_partial):
+        sys.exit(f"{cfg.init} lacks {brief(lacking)}, such as {lacking[0]}")
+    common.load_weights(model, own | weights, cfg.init)
+    common.print0(f"{len(own) - len(anew)} of {len(own)} tensors from {cfg.init}; initialized anew: {brief(anew)}; left "
+                  f"out: {brief(k for k in weights if k not in own)}")
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+def layer_groups(model, prefix, depth, layer_decay, weight_decay, skip=("cls_token", "pos_embed")):
+    """Parameter groups with lr_scale = layer_decay ** (depth + 1 - layer).
+
+    In the ViT whose names begin with `prefix`, embeddings are layer 0 and block i is layer i + 1; all else is layer
+    depth + 1. No weight decay on vectors and on names that end in one of `skip`. Frozen parameters are left out.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        inner, layer = name.removeprefix(prefix), depth + 1
+        if name.startswith(prefix) and inner.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        elif name.startswith(prefix) and inner.startswith("blocks."):
+            layer = int(inner.split(".")[1]) + 1
+        decay = 0.0 if p.ndim <= 1 or name.endswith(tuple(skip)) else weight_decay
+        scale = layer_decay ** (depth + 1 - layer)
+        groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, lr_scale=scale))["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
+
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose step on a matrix has a length in proportion to the matrix's, as MAE's linear probe takes it.
+    """SGD whose step on a matrix is proportional in length to the matrix; vectors take plain steps. [code: MAE]
 
-    You, Gitman, Ginsburg 2017; momentum is applied before the learning rate, and vectors take plain SGD steps.
+    You, Gitman, Ginsburg 2017. Momentum is applied before the learning rate.
     """
 
     def __init__(self, params, weight_decay=0.0, momentum=0.9, trust=0.001):
@@ -365,7 +394,7 @@ def make_optimizer(model, cfg):
     """LARS for the linear probe, otherwise AdamW with a learning rate per layer."""
     if cfg.mode == "linear":
         return LARS(model.head.parameters(), cfg.weight_decay)
-    groups = common.layer_groups(model, "", cfg.depth, cfg.layer_decay, cfg.weight_decay)
+    groups = layer_groups(model, "", cfg.depth, cfg.layer_decay, cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
 
 
@@ -385,10 +414,12 @@ class Attempt(torch.utils.data.Dataset):
 
 
 def read_each(read, source, ids, cfg, batch_size=100):
-    """Yield lists of read(i) for this process's part of `ids`. Broken files are named, left out, and limited in number."""
-    new_bad = {}
-    for pairs in common.make_loader(Attempt(read, source), cfg, batch_size=batch_size, sampler=ids[common.RANK::common.WORLD],
-                                    collate_fn=list):
+    """Yield lists of read(i) for this process's share of `ids`. Broken files are named, left out, and limited in number.
+
+    All processes must exhaust it.
+    """
+    new_bad, mine = {}, ids[common.RANK::common.WORLD]
+    for pairs in common.make_loader(Attempt(read, source), cfg, batch_size=batch_size, sampler=mine, collate_fn=list):
         for _, bad in pairs:
             new_bad |= bad
         if items := [item for item, bad in pairs if not bad]:
@@ -396,154 +427,144 @@ def read_each(read, source, ids, cfg, batch_size=100):
     common.note_bad({}, new_bad, len(ids), cfg)
 
 
-class Centered:
-    """[i] -> center crop uint8 (3, S, S), a draw that no seed changes, label."""
-
-    def __init__(self, source, cfg, draw):
-        self.source, self.cfg, self.draw = source, cfg, draw
-        self.crop = v2.Compose([v2.Resize(cfg.img_size, InterpolationMode.BICUBIC), v2.CenterCrop(cfg.img_size)])
-
-    def read(self, i):
-        image, label = self.source[i]
-        return self.crop(common.to_rgb(image)), self.draw(np.random.default_rng((0, i)), self.cfg), label
+def sync_buffers(model):
+    """Give all processes the first one's buffers: each has its own batch statistics."""
+    if common.WORLD > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 @torch.no_grad()
-def evaluate_encoder(model, cfg, device, autocast, samples):
-    """For pretraining: loss and metrics on val/, always under the same masks; with labels also kNN accuracy -> by name.
-
-    kNN is weighted as in DINO, k = 20, on the mean patch features of the last block. Exact for any number of processes.
-    """
-    encoder, sums, found = getattr(model, "exported", getattr(model, "encoder")), {}, []
-    val = common.open_data(cfg, "val")
-    for source, limit in ((samples.source, cfg.eval_images), (val, max(1, cfg.eval_images // 5))):
-        ids, parts = np.random.default_rng(0).permutation(len(source))[:limit].tolist(), []
-        for items in read_each(Centered(source, cfg, samples.draw).read, source, ids, cfg):
-            imgs, draws, labels = torch.utils.data.default_collate(items)
-            imgs, draws = common.to_device(imgs, draws, device)
-            with autocast:
-                features = encoder.norm(encoder(imgs)[-1])[:, 1:].float().mean(1)  # (B, D)
-                loss, metrics = model(imgs, draws) if source is val else (torch.zeros(()), {})
-            parts.append((F.normalize(features).cpu(), labels))
-            for name, value in dict(n=torch.ones(()), loss=loss, **metrics).items() if source is val else ():
-                sums[name] = sums.get(name, 0) + len(imgs) * value.item()
-        found.append([torch.cat(x) for x in zip(*sum(common.gather(parts), []))])
-    sums = {name: sum(part.get(name, 0) for part in common.gather(sums)) for name in sums}
-    n = sums.pop("n")
-    figures = {f"val_{name}": value / n for name, value in sums.items()}
-    classes = getattr(samples.source, "classes", [])
-    return figures if classes == [""] else dict(knn=knn_accuracy(*found[0], *found[1]), **figures)
-
-
-def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Percent of queries (n, D) whose weighted vote of the k nearest in bank (m, D) is right; all are of length 1."""
-    similarity, ids = (queries @ bank.T).topk(min(k, len(bank)))
-    votes = torch.zeros(len(queries), 1 + int(max(labels.max(), bank_labels.max())))
-    votes.scatter_add_(1, bank_labels[ids], (similarity / temperature).exp())
-    return 100 * (votes.argmax(1) == labels).float().mean().item()
-
-@torch.no_grad()
-def accuracy(model, source, crop, cfg, device, autocast, keep=None):
+def accuracy(model, source, cfg, device, autocast, keep=None):
     """Classify every image of `source` once, whatever the number of processes.
 
     keep: bool (C,), the classes that may be answered; None: all.
     -> acc1, acc5 (percent), val_loss, val_images by name; confusion matrix int64 (C, C), rows are labels.
     """
-    mine = range(len(source))[common.RANK::common.WORLD]
-    loader = torch.utils.data.DataLoader(common.Centred(source, crop), cfg.eval_batch, sampler=mine, collate_fn=list,
-                                         num_workers=common.num_workers(cfg), worker_init_fn=common.own_group)
-    C = len(model.head.weight)
+    crop, C = center_crop(cfg.eval_size or (cfg.img_size,) * 2, cfg.crop_pct), len(model.head.weight)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # right among the first five; cross-entropy
-    for batch in loader:
-        imgs, labels = common.readable(batch)
-        if not len(imgs):
-            continue
-        labels = labels.to(device)
+    for items in read_each(functools.partial(read_cropped, crop, source), source, range(len(source)), cfg):
+        imgs, labels = common.to_device(*default_collate(items)[:2], device)
         with autocast:
-            logits = model.logits(common.normalise(imgs, device)).float()
+            logits = model.logits(imgs).float()  # (B, C)
+        if not logits.isfinite().all():
+            sys.exit(f"the logits of an image are not finite, weights from {cfg.init}; try --precision fp32")
         if keep is not None:
             logits = logits.masked_fill(~keep.to(device), -torch.inf)
         top = logits.topk(min(5, C)).indices  # (B, 5)
         confusion += (labels * C + top[:, 0]).bincount(minlength=C * C)
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(((top == labels.unsqueeze(1)).sum().double(), cross_entropy.double()))
-    if dist.is_initialized():
+        sums += torch.stack(((top == labels.unsqueeze(1)).sum(), cross_entropy))
+    if common.WORLD > 1:
         dist.all_reduce(confusion)
         dist.all_reduce(sums)
-    confusion, (right5, loss) = confusion.view(C, C).cpu(), sums.tolist()
-    n = confusion.sum().item()
-    if not n:
-        common.fail(f"none of the {len(source)} images could be read, e.g. {source.name(0)}")
-    return dict(acc1=100 * confusion.trace().item() / n, acc5=100 * right5 / n, val_loss=loss / n, val_images=n), confusion
+    confusion, n = confusion.view(C, C).cpu(), max(1, confusion.sum().item())
+    acc1, acc5, loss = confusion.trace().item() / n, *(sums / n).tolist()
+    return dict(acc1=100 * acc1, acc5=100 * acc5, val_loss=loss, val_images=n), confusion
 
 
-def evaluate(model, device, autocast, due, cfg, source):
-    """`accuracy` on val/ where it is due; batch norm's averages are the first process's."""
-    if not due(cfg.eval_every):
-        return {}
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    figures, confusion = accuracy(model, source, centre_crop(cfg.eval_size or (cfg.img_size,) * 2, cfg.crop_pct), cfg,
-                                  device, autocast)
+def evaluate(model, cfg, device, autocast, samples=None):
+    """`accuracy` on val/; with --confusion also a table for any spreadsheet: how often a class was taken for another."""
+    source = common.open_data(cfg, "val")
+    sync_buffers(model)
+    metrics, confusion = accuracy(model, source, cfg, device, autocast)
     if cfg.confusion and common.RANK == 0:
         path = Path(cfg.out_dir) / "confusion.csv"
         try:
-            write_confusion(confusion, source.classes, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with common.replacing(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
+                table = csv.writer(file)
+                table.writerow(["class", "images", "accuracy", *source.classes])
+                for i, (name, row) in enumerate(zip(source.classes, confusion.tolist())):
+                    table.writerow([name, sum(row), f"{100 * row[i] / max(1, sum(row)):.2f}", *row])
         except OSError as error:
-            common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
-    return figures
+            common.print0(f"warning: {path} not written: {error}")
+    return metrics
 
 
-def write_confusion(confusion, classes, path):
-    """A table for any spreadsheet: a row per class with its accuracy, and how often it was taken for each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "images", "accuracy", *classes])
-        for i, (name, row) in enumerate(zip(classes, confusion.tolist())):
-            table.writerow([name, sum(row), f"{100 * row[i] / max(1, sum(row)):.2f}", *row])
+@torch.no_grad()
+def embed(encoder, source, ids, cfg, device, autocast):
+    """Mean patch features of the last block, of length 1, for all `ids` in all processes -> (n, D), labels (n,)."""
+    read = functools.partial(read_cropped, center_crop((cfg.img_size,) * 2), source)
+    parts = [(torch.empty(0, cfg.embed_dim), torch.empty(0, dtype=torch.long))]
+    for items in read_each(read, source, ids, cfg):
+        imgs, labels, _ = default_collate(items)
+        imgs, _ = common.to_device(imgs, labels, device)
+        with autocast:
+            tokens = encoder.norm(encoder(imgs)[-1])  # (B, 1 + N, D)
+        parts.append((F.normalize(tokens[:, 1:].float().mean(1)).cpu(), labels))
+    features, labels = zip(*sum(common.gather(parts), []))
+    return torch.cat(features).to(device), torch.cat(labels).to(device)
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
+    """Percent of queries (n, D) whose weighted vote of the k nearest in bank (m, D) is right; all are of length 1."""
+    right, C = 0, 1 + int(max(labels.max(), bank_labels.max()))
+    for part, truth in zip(queries.split(500), labels.split(500)):
+        similarity, ids = (part @ bank.T).topk(min(k, len(bank)))  # (500, k)
+        votes = torch.zeros(len(part), C, device=bank.device)
+        votes.scatter_add_(1, bank_labels[ids], (similarity / temperature).exp())
+        right += (votes.argmax(1) == truth).sum().item()
+    return 100 * right / len(queries)
+
+
+def choose(n, limit):
+    """`limit` of n numbers, always the same; 0: all."""
+    return np.random.default_rng(0).permutation(n)[:limit or n].tolist()
+
+
+@torch.no_grad()
+def evaluate_encoder(model, cfg, device, autocast, samples):
+    """For pretraining: loss and metrics on val/, always with the same masks; with labels also kNN accuracy -> by name.
+
+    kNN is weighted as in DINO, k = 20. Exact for any number of processes.
+    """
+    val, found, sums = common.open_data(cfg, "val"), {}, {}
+    ids = choose(len(val), max(1, cfg.eval_images // 5))
+    if getattr(samples.source, "classes", []) != [""]:
+        encoder, bank = getattr(model, "exported", model.encoder), choose(len(samples.source), cfg.eval_images)
+        bank, queries = (embed(encoder, source, of, cfg, device, autocast)
+                         for source, of in ((samples.source, bank), (val, ids)))
+        found["knn"] = knn_accuracy(*bank, *queries)
+    read = functools.partial(read_cropped, center_crop((cfg.img_size,) * 2), val)
+    for items in read_each(read, val, ids, cfg):
+        draws = [samples.draw(np.random.default_rng((0, i)), cfg) for _, _, i in items]  # no seed changes them
+        imgs, draws = common.to_device(default_collate([item[0] for item in items]), default_collate(draws), device)
+        with autocast:
+            loss, metrics = model(imgs, draws)
+        for name, value in dict(n=1, loss=loss, **metrics).items():
+            sums[name] = sums.get(name, 0) + len(imgs) * float(value)
+    parts = common.gather(sums)
+    sums = {name: sum(part.get(name, 0) for part in parts) for name in max(parts, key=len)}
+    n = sums.pop("n")
+    return found | {f"val_{name}": value / n for name, value in sums.items()}
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
 
-def knn(cfg, weights, device, autocast, sources):
-    """Print the accuracy of the frozen encoder's nearest neighbours."""
-    vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads)
-    weights["pos_embed"] = common.resize_pos_embed(weights["pos_embed"], vit.grid)
-    common.load_weights(vit, weights, cfg.init)
-    limits = (cfg.knn_images or len(sources[0]), len(sources[1]))
-    figure, compared, asked = common.knn_accuracy(vit.to(device).eval(), cfg, device, autocast, sources, limits)
-    common.say(f"knn        {figure:.2f}% of {asked:,} images, against {compared:,}")
-    common.leave()
-
-
+@common.explained()
 def main():
-    """Command line -> model -> training or evaluation."""
-    cfg = common.parse(Config, RECIPES, __doc__, flag="recipe", default=lambda given: {
-        "linear": "linear", "scratch": "scratch"}.get(given.get("mode")))
-    try:
-        cfg, weights, trained_on = sized(cfg)
-        device, autocast = common.setup(cfg)
-        sources = open_labelled(cfg)
-        classes = [str(c) for c in sources[-1].classes]
-        if cfg.mode == "knn" and not cfg.eval:
-            return knn(cfg, weights, device, autocast, sources)
-        if not cfg.eval and (cfg.mode == "linear" or trained_on not in ([], classes)):  # a new head, or one for other things
-            weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "bn."))}
+    cfg, weights, trained_on = settle(common.parse(Config, PRESETS, __doc__))
+    device, autocast = common.setup(cfg)
+    train, val, classes = open_labeled(cfg)
+    if cfg.mode == "knn":
+        vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads)
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], vit.grid)
+        common.load_weights(vit, weights, cfg.init)
+        vit.to(device).eval()
+        bank = embed(vit, train, choose(len(train), cfg.eval_images), cfg, device, autocast)
+        queries = embed(vit, val, range(len(val)), cfg, device, autocast)
+        metrics = dict(knn=knn_accuracy(*bank, *queries), val_images=len(queries[0]), train_images=len(bank[0]))
+    else:
         torch.manual_seed(cfg.seed)
-        model = build(cfg, weights, len(classes))
-        other = [f"{was}, --data has {now}" for was, now in zip(trained_on, classes) if was != now]
-        common.check(not cfg.eval or not other, f"{cfg.init} was trained on other classes: {' '.join(other[:1])}")
-    except ValueError as error:
-        common.fail(str(error))
-    if not cfg.eval:
-        return common.train(cfg, model, samples=Samples(sources[0], cfg), optimizer=make_optimizer,
-                            evaluate=functools.partial(evaluate, cfg=cfg, source=sources[1]))
-    figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True, cfg, sources[0])
-    common.say("eval       " + "  ".join(f"{k} {v:.6g}" for k, v in figures.items()))
-    common.leave()
+        model = build(cfg, weights, trained_on, classes)
+        if not cfg.eval:
+            return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
+        metrics = evaluate(model.to(device).eval(), cfg, device, autocast)
+    common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
+    if common.WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

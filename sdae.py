@@ -2,9 +2,9 @@
 SdAE: Self-distillated Masked Autoencoder. Chen et al., ECCV 2022 [paper], with its supplement [supp].
 Official code: github.com/AbrahamYabo/SdAE [code].
 
-A masked autoencoder should predict features rather than pixels, and needs no pretrained network for that: its teacher is
-an EMA of its own encoder, the student. A teacher that sees the whole image would know far more than the student, so it
-reads only the masked patches, in folds as small as what the student sees.
+A masked autoencoder should predict features rather than pixels, and needs no pretrained network for that: its teacher
+is an EMA of its own encoder, the student. A teacher that sees the whole image would know far more than the student, so
+it reads only the masked patches, in folds as small as what the student sees.
 
 One training step, `SdAE.forward` and `after_step`:
     ids_keep, ids_mask = ids_shuffle.split([V, M], 1)                    # random
@@ -82,7 +82,7 @@ class Config(common.RunConfig):
         super().__post_init__()
         check_vit(self)
         assert self.drop_path < 1, "--drop_path must be below 1"
-        assert len(self.momentum) == 2, "--momentum takes 2 values"
+        assert len(self.momentum) == 2 and max(self.momentum) < 1, "--momentum takes 2 values below 1"
         assert self.num_read > 0, "--folds or --crop_ratio leaves the teacher no patch to read"
 
     @property
@@ -113,8 +113,8 @@ PRESETS = {
 # --- shared by all methods, word for word: ViT and decoder, under timm's and MAE's names ------------------------------
 
 def check_vit(cfg):
-    N = (cfg.img_size // cfg.patch_size) ** 2
     assert cfg.img_size % cfg.patch_size == 0, f"--img_size must be divisible by --patch_size {cfg.patch_size}"
+    N = (cfg.img_size // cfg.patch_size) ** 2
     assert 0 < cfg.num_keep < N, f"--mask_ratio {cfg.mask_ratio} must leave some of {N} patches visible and some masked"
     for width, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
         assert getattr(cfg, width) % getattr(cfg, heads) == getattr(cfg, width) % 4 == 0, \
@@ -140,16 +140,12 @@ def take(tokens, ids):
 
 
 def unshuffle(visible, masked, ids_shuffle):
-    """Tokens (B, V, D) and (B, M, D) -> (B, N, D) in the order of the image."""
-    ids_restore = ids_shuffle.argsort(1)  # argsort of a permutation is its inverse
-    return take(torch.cat((visible, masked), 1), ids_restore)
+    """Tokens (B, V, D) and (B, M, D) -> (B, N, D) in the order of the image: argsort inverts a permutation."""
+    return take(torch.cat((visible, masked), 1), ids_shuffle.argsort(1))
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed table (1, 1 + h*w, dim): zeros for [CLS], then sin | cos of each patch's column and of its row.
-
-    Columns come first, as in MAE's released weights; MoCo-v3 and BootMAE put rows first.
-    """
+    """Fixed table (1, 1 + h*w, dim): zeros for [CLS]; sin | cos of each patch's column, then of its row, as in MAE."""
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, col = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angle = torch.stack((col.flatten(), row.flatten()), 1).unsqueeze(-1) * omega  # (N, 2, dim/4)
@@ -242,7 +238,7 @@ class Decoder(nn.Module):
     def forward(self, latent, ids_shuffle):
         """latent (K, B, 1 + V, D), ids_shuffle (B, N) -> (K, B, M, out_dim): all K blocks in one pass.
 
-        Tokens stay in shuffled order, [CLS], visible, masked: attention is blind to order, the table gives positions.
+        Tokens stay in shuffled order: attention is blind to order, the table gives positions.
         """
         K, B, T, _ = latent.shape
         pos = self.decoder_pos_embed[0, 1:][ids_shuffle]  # (B, N, Dd); [CLS]'s own row is zero
@@ -284,8 +280,8 @@ def cosine_loss(pred, target, axis):
 def momentum_at(epoch, cfg):
     """EMA momentum in `epoch`, counted from 0: half a cosine from the first value toward the second. [supp A.1, code]
 
-    Runs of under 100 epochs, the paper's shortest, with an EMA per epoch keep as much of the initial teacher as 300 epochs
-    would: otherwise it would hardly move, and 59% of it would be left after 20 epochs.
+    Runs of under 100 epochs, the paper's shortest, with an EMA per epoch keep as much of the initial teacher as 300
+    epochs would: otherwise it would hardly move, and 59% of it would be left after 20 epochs.
     """
     start, end = cfg.momentum
     m = end + 0.5 * (start - end) * (1 + math.cos(math.pi * epoch / cfg.epochs))

@@ -1,7 +1,29 @@
+import importlib.util
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny models; two spinning threads would starve the processes that tests start
+
+
+def pytest_addoption(parser):
+    parser.addoption("--method", action="append", help="method file for test_contract.py; default: those here")
+
+
+def pytest_generate_tests(metafunc):
+    if "method" in metafunc.fixturenames:
+        paths = [Path(p).resolve() for p in metafunc.config.getoption("method") or []]
+        paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae")]
+        metafunc.parametrize("method", [load(path) for path in paths], ids=[path.stem for path in paths], scope="module")
+
+
+def load(path):
+    """Import a file from anywhere."""
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[path.stem]

@@ -1,34 +1,33 @@
 """
-Semantic segmentation: UperNet on a plain ViT, as BEiT, MAE, DeepMIM and BootMAE measure their encoders on ADE20K.
+Semantic segmentation: UperNet on a plain ViT, as BEiT, MAE, DeepMIM, and BootMAE measure their encoders on ADE20K.
 
-The model, `UperNet`. D width, C head channels, K classes, (h, w) grid of patches:
-    taps = outputs of blocks 4, 6, 8, 12 of 12, without [CLS] and without the final norm              # 4 x (B, D, h, w)
-    maps = taps at 4, 2, 1 and 1/2 times their resolution                                             # strides 4 8 16 32
-    top  = conv(maps[3] and its averages over 1, 2, 3 and 6 squared cells)                            # pyramid pooling
+One training step, `UperNet.forward`. D width, C head channels, K classes, (h, w) grid of patches:
+    taps   = outputs of blocks 4, 6, 8, 12 of 12, without [CLS] and without the final norm            # 4 x (B, D, h, w)
+    maps   = taps at 4, 2, 1, and 1/2 times their resolution                                          # strides 4 8 16 32
+    top    = conv(maps[3] and its averages over 1, 2, 3, and 6 squared cells)                         # pyramid pooling
     each finer level = lateral 1x1 of its map + the coarser level, resized                            # FPN
     logits = 1x1(dropout(conv(all four levels at the finest)))                                        # (B, K, 4h, 4w)
     aux    = a small convolutional head on the third tap, in training only
-    loss = CE(logits, labels) + 0.4 * CE(aux, labels), both resized to the crop
+    loss   = CE(logits, labels) + 0.4 * CE(aux, labels), both resized to the crop
 
-Data: `--data FOLDER` in ADE20K's layout, images/{training,validation}/*.jpg and annotations/{training,validation}/*.png of
-the same name, where 0 and 255 are unlabelled and 1..K the classes; or `shapes`, generated, whose first class is the ground.
-Label 255 below is "unlabelled": it trains nothing and counts in no figure.
+Data: `--data FOLDER` in ADE20K's layout, images/{training,validation}/*.jpg and annotations/{training,validation}/*.png
+of the same name, where 0 and 255 are unlabeled and 1..K the classes; or `shapes`, generated, whose first class is the
+ground. Label 255 below is "unlabeled": ignored in the loss and in all metrics.
 
-What is easily done otherwise, and is done here as in the published runs:
-  - cross-entropy is divided by all pixels, unlabelled and padded ones too, as mmseg does (else: `--loss_mean labelled`)
-  - position table, [CLS] and relative position bias are weight-decayed; only vectors are not
-  - the warm-up multiplies a rate that is falling already; the rate falls linearly to 0 over all iterations
+Easy to get wrong, and done here as in the published runs:
+  - the cross-entropy is divided by all pixels, unlabeled and padded ones too, as in mmseg (else: `--loss_mean labeled`)
+  - position table, [CLS], and relative position bias have weight decay; only vectors have none
+  - the warm-up multiplies a learning rate that is already falling, linearly to 0 over all iterations
   - brightness is shifted by up to 32, not scaled; channels are not permuted
-  - evaluation adds logits of overlapping windows, and compares at the size of the label file, which is never resized
-  - mIoU sums intersections and unions over the whole set; a class that is neither labelled nor predicted is left out
-DeepMIM and BootMAE add a relative position bias, zero at first, and a layer scale of 1 (`--rel_pos_bias`); DDAE and SdAE do
-not say. With one process, or on CPU, batch statistics are those of a micro-batch; on several GPUs, of those of one micro-step.
+  - evaluation averages the logits of overlapping windows, and compares at the size of the label file
+  - mIoU sums intersections and unions over the whole set, without the classes that are neither labeled nor predicted
+DeepMIM and BootMAE add a relative position bias, zero at first, and a layer scale of 1 (`--rel_pos_bias`); DDAE and
+SdAE do not say. Batch norm has the statistics of one micro-batch, with several GPUs those of all GPUs' micro-batches.
 
-Run:
-    python -m transfer.segment --recipe quick --init out/quick/encoder.pt          # generated images, 2 CPU cores
-    torchrun --nproc_per_node=8 -m transfer.segment --recipe ddae --data ADE --init out/ddae/encoder.pt --out_dir out/ade
-    python -m transfer.segment --eval --data ADE --init out/ade/best.pt
-    python -m transfer.segment --predict photo.jpg --init out/ade/best.pt          # photo_segmented.png, beside best.pt
+    python -m transfer.segment --preset quick --init out/quick/encoder.pt          # generated images, 2 CPU cores
+    torchrun --nproc_per_node=8 -m transfer.segment --preset ddae --data ADE --init out/ddae/encoder.pt --out_dir out/ade
+    python -m transfer.segment --eval --data ADE --init out/ade/model.pt
+    python -m transfer.segment --predict photo.jpg --init out/ade/model.pt         # photo_segmented.png, beside model.pt
 """
 import colorsys
 import dataclasses
@@ -36,6 +35,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,174 +45,137 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 import common
+import finetune
 from ddae import Block, ViT, init_weights, patchify
+from shapes import Shapes
 
-IGNORE = 255  # the label of pixels without one
+IGNORE = 255  # the label of unlabeled pixels
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
-    data: str = "shapes"  # [ours] folder in ADE20K's layout, or shapes
-    init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or best.pt of this file; sizes are taken from it
-    out_dir: str = "out/segment"  # [ours] checkpoints, log, pictures; a run found there is continued; else --init's folder
-    eval: bool = False  # [ours] no training: figures of --init, or of out_dir's best.pt
-    predict: str = ""  # [ours] no training: segment this picture with --init, or out_dir's best.pt
+    data: str = "shapes"  # [ours] folder in ADE20K's layout, or shapes (generated)
+    init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or model.pt of this file; sizes are taken from it
+    out_dir: str = "out/segment"  # [ours] checkpoints, log, and pictures; with --eval or --predict: --init's folder
+    eval: bool = False  # [ours] no training: metrics of --init, by default out_dir's model.pt
+    predict: str = ""  # [ours] no training: segment this picture with --init, by default out_dir's model.pt
     img_size: int = 512  # [AAAI, SdAE, DeepMIM] side of the square crop, and of the windows in evaluation
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
     rel_pos_bias: bool = False  # [code: DeepMIM, BootMAE] relative position bias, zero at first, and layer scale
-    drop_path: float = 0.1  # [DeepMIM] largest share of samples that skip a branch of the last block
+    drop_path: float = 0.1  # [DeepMIM] largest fraction of samples that skip a branch, in the last block
     channels: int = 768  # [code: DeepMIM, BootMAE] width of the head
     aux_weight: float = 0.4  # [code: DeepMIM, BootMAE] weight of the auxiliary head; 0: none
     num_classes: int = 0  # [ours] 0: as many as classes.json or objectInfo150.txt of --data names, else 150
-    loss_mean: Literal["all", "labelled"] = "all"  # [code: mmseg] pixels that the cross-entropy is divided by
+    loss_mean: Literal["all", "labeled"] = "all"  # [code: mmseg] pixels that the cross-entropy is divided by
     scale: tuple[float, ...] = (0.5, 2.0)  # [code: DeepMIM, BootMAE] range of random sizes; 1: shorter side is img_size
-    distort: bool = True  # [code: DeepMIM, BootMAE] random brightness, contrast, saturation and hue
-    iterations: int = 160000  # [AAAI] optimiser steps
-    warmup: int = 1500  # [AAAI] of them warm-up
-    batch_size: int = 16  # [AAAI, SdAE, DeepMIM] images per optimiser step, over all processes
-    lr: float = 4e-4  # [AAAI, SdAE] learning rate of the heads, as it is: no factor for the batch
+    distort: bool = True  # [code: DeepMIM, BootMAE] random brightness, contrast, saturation, and hue
+    iterations: int = 160000  # [AAAI] optimizer steps
+    warmup: int = 1500  # [AAAI] warm-up steps among them
+    batch_size: int = 16  # [AAAI, SdAE, DeepMIM] images per optimizer step, over all processes
+    lr: float = 4e-4  # [AAAI, SdAE] learning rate of the heads, not scaled by the batch size
     layer_decay: float = 0.65  # [AAAI, SdAE, DeepMIM] factor from each layer to the one below
     weight_decay: float = 0.05  # [AAAI, DeepMIM] not on vectors
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: DeepMIM, BootMAE] AdamW's two moments
     inference: Literal["slide", "whole"] = "slide"  # [code: DeepMIM, BootMAE] windows of img_size, or the image at once
     eval_every: float = 12.7  # [code: DeepMIM] epochs between evaluations; this is 16k steps on ADE20K
-    eval_images: int = 0  # [ours] how many images of the validation set to take; 0: all
-    epochs, warmup_epochs, min_lr = 1, 0.0, 0.0  # no flags: `main` counts the epochs that the iterations make up
+    eval_images: int = 0  # [ours] validation images to use; 0: all
 
     def __post_init__(self):
-        check = common.check
-        common.above(0, self, "img_size channels iterations batch_size lr layer_decay eval_every")
         super().__post_init__()
-        for name in ("patch_size", "embed_dim", "depth", "num_heads", "aux_weight", "num_classes", "warmup", "eval_images"):
-            check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        check(self.warmup < self.iterations, f"--warmup {self.warmup} must be below --iterations {self.iterations}")
-        check(0 <= self.drop_path < 1, f"--drop_path must be in [0, 1), got {self.drop_path}")
-        check(self.layer_decay <= 1, f"--layer_decay must be at most 1, got {self.layer_decay}")
-        check(self.num_classes < IGNORE, f"--num_classes {self.num_classes}: 8-bit labels allow for 254")
-        check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], f"--scale takes low and high, got {self.scale}")
-        check(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas),
-              f"--adam_betas takes 2 values in [0, 1), got {self.adam_betas}")
-        p, D, heads = self.patch_size, self.embed_dim, self.num_heads
-        check(not p or self.img_size % p == 0 and self.img_size > p, f"--img_size {self.img_size} is not a whole number "
-              f"of patches of {p} pixels, two at least; use {max(2, self.img_size // (p or 1)) * p}")
-        check(not D or D % 4 == 0 and D % (heads or 1) == 0,
-              f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}")
+        assert self.warmup < self.iterations, f"--warmup {self.warmup} must be below --iterations {self.iterations}"
+        assert self.drop_path < 1, f"--drop_path must be below 1, got {self.drop_path}"
+        assert self.num_classes < IGNORE, f"--num_classes {self.num_classes}: 8-bit labels allow for 254"
+        assert len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], f"--scale takes low and high, got {self.scale}"
+        p, D, heads = self.patch_size or 1, self.embed_dim, self.num_heads or 1
+        assert self.img_size % p == 0 and self.img_size > p, \
+            f"--img_size {self.img_size} must be two or more whole patches of {p} pixels"
+        assert D % 4 == D % heads == 0, f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}"
+        assert (self.micro_batch or self.batch_size) > 1 or common.WORLD > 1, \
+            "--micro_batch must be at least 2: batch norm of one value, an average over one image, is undefined"
 
 
-RECIPES = {
+PRESETS = {
     "ddae": dict(),
-    "sdae": dict(),  # the same figures; weight decay and drop path are CAE's, whose setting it names
+    "sdae": dict(),  # the same; weight decay and drop path are CAE's, whose setting the paper names
     "deepmim": dict(lr=1e-4, rel_pos_bias=True),  # targets other than CLIP
     "deepmim_clip": dict(lr=5e-5, layer_decay=0.9, rel_pos_bias=True),
     "bootmae": dict(clip_grad=3.0, rel_pos_bias=True),  # its pixels were scaled to [-1, 1], here as everywhere
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, channels=32, drop_path=0.0,
-                  scale=(0.75, 1.5), iterations=240, warmup=20, lr=2e-3, layer_decay=0.9, eval_images=200, eval_every=0.128,
-                  preview_every=0, out_dir="out/quick_segment"),
+                  scale=(0.75, 1.5), iterations=240, warmup=20, lr=2e-3, layer_decay=0.9, eval_images=200,
+                  eval_every=0.128, out_dir="out/quick_segment"),
 }
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 class Ade:
-    """ADE20K's folder layout, of any number of classes: `image(i)` RGB, `label(i)` uint8 (H, W) with 255 unlabelled."""
+    """ADE20K's folder layout, any number of classes: [i] -> PIL image, label uint8 (H, W) with 255 unlabeled."""
 
     def __init__(self, root, split, num_classes):
         part = {"train": "training", "val": "validation"}[split]
-        self.images, self.annotations = root / "images" / part, root / "annotations" / part
-        for folder in (self.images, self.annotations):
-            if not folder.is_dir():
-                common.fail(f"--data {folder.absolute()} is missing; {root} must hold images/{part}, annotations/{part}")
-        endings = torchvision.datasets.folder.IMG_EXTENSIONS
-        files = sorted(p.name for p in self.images.iterdir()
-                       if p.suffix.lower() in endings and not p.name.startswith("."))
+        images, annotations = root / "images" / part, root / "annotations" / part
+        if not images.is_dir() or not annotations.is_dir():
+            sys.exit(f"--data {root.absolute()} must hold the folders images/{part} and annotations/{part}")
+        files = sorted(p.name for p in images.iterdir() if common.is_image(p))
+        self.samples = [(str(images / f), str(annotations / f"{Path(f).stem}.png")) for f in files]
+        self.classes = class_names(root, num_classes)
         if not files:
-            common.fail(f"--data {self.images.absolute()} holds no images; expected files ending in {' '.join(endings)}")
-        self.files = np.array(files)  # one array: a list would be copied into every worker, reference by reference
-        self.classes = self.names(root, num_classes)
-        there = {p.name for p in self.annotations.iterdir()}
-        missing = [f for f in files if f"{Path(f).stem}.png" not in there]
-        if missing:
-            common.fail(f"--data {self.annotations.absolute()} lacks the labels of {len(missing)} of {len(files)} images, "
-                        f"e.g. {Path(missing[0]).stem}.png of {missing[0]}")
-        for i in np.linspace(0, len(files) - 1, min(len(files), 200)).astype(int):  # a wrong set shows before training
-            try:
-                self.label(i)
-            except (ValueError, OSError) as error:
-                common.fail(f"--data {error}")
+            sys.exit(f"--data {images.absolute()} holds no images")
 
-    @staticmethod
-    def names(root, num_classes):
-        """Class names: from classes.json (list of {"name": ...}) or ADE20K's objectInfo150.txt, else numbers from 1."""
-        found = []
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, K = self.samples[i][1], len(self.classes)
+        image, label = map(Image.open, self.samples[i])
+        if label.mode not in ("L", "P") or label.size != image.size:
+            raise ValueError(f"{path} is of PIL mode {label.mode} and size {label.size}, its image of size {image.size}; "
+                             "needed is a map of 8-bit class numbers, mode L or P, of the same size")
+        raw = np.array(label)
+        highest = raw[raw < 255].max(initial=0)
+        if highest > K:
+            raise ValueError(f"{path} has label {highest}, above the {K} classes; correct it, or give --num_classes")
+        return image, torch.from_numpy(np.where(raw == 255, np.uint8(IGNORE), raw - np.uint8(1)))  # 0 - 1 wraps to 255
+
+
+def class_names(root, num_classes):
+    """Class names from classes.json (list of {"name": ...}) or ADE20K's objectInfo150.txt, else numbers from 1."""
+    names = []
+    try:
         if (root / "classes.json").exists():
-            try:
-                found = [str(c["name"]) for c in json.loads((root / "classes.json").read_text())]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"--data {root / 'classes.json'} is no list of {{\"name\": ...}}: {error}") from None
+            names = [str(c["name"]) for c in json.loads((root / "classes.json").read_text())]
         elif (root / "objectInfo150.txt").exists():
             lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
-            found = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
-        n = num_classes or len(found) or 150
-        return (found + [f"class {i + 1}" for i in range(len(found), n)])[:n]
-
-    def __len__(self):
-        return len(self.files)
-
-    def name(self, i):
-        return str(self.images / self.files[i])
-
-    def image(self, i):
-        return common.to_rgb(Image.open(self.name(i)))
-
-    def label(self, i):
-        """0 and 255 of the file -> 255, k -> k - 1. Raises ValueError naming a file that does not fit."""
-        path, K = self.annotations / f"{Path(self.files[i]).stem}.png", len(self.classes)
-        with Image.open(path) as label, Image.open(self.name(i)) as image:
-            common.check(label.mode in ("L", "P"), f"{path} is of PIL mode {label.mode}, no map of 8-bit class numbers")
-            common.check(label.size == image.size, f"{path} is {label.size[0]} x {label.size[1]} pixels, its image "
-                         f"{image.size[0]} x {image.size[1]}; make them the same")
-            raw = np.array(label)
-        highest = raw[raw < 255].max(initial=0)
-        common.check(highest <= K, f"{path} has a label {highest}, above the {K} classes; labels are 0 for none, then 1 to "
-                     f"{K}: correct it, or give --num_classes")
-        return np.where(raw == 255, np.uint8(IGNORE), raw - np.uint8(1))  # 0 - 1 wraps to 255
-
-    def pair(self, i):
-        return self.image(i), self.label(i)
+            names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+    except (ValueError, TypeError, KeyError) as error:
+        sys.exit(f"--data {root}: classes.json is no list of {{\"name\": ...}}: {error}")
+    n = num_classes or len(names) or 150
+    return (names + [f"class {i + 1}" for i in range(len(names), n)])[:n]
 
 
-class LabelledShapes:
-    """Generated pictures; the ground is a class of its own, so every pixel has a label."""
-    classes = ("ground", *common.Shapes.classes)
+class LabeledShapes(Shapes):
+    """Generated pictures. The ground is a class of its own, so every pixel has a label."""
+    classes = ["ground", *Shapes.classes]
 
-    def __init__(self, split, size):
-        self.shapes = common.Shapes(split, size)
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def name(self, i):
-        return self.shapes.name(i)
-
-    def pair(self, i):
-        item = self.shapes.item(i)
-        return Image.fromarray(item["image"]), item["mask"]
+    def __getitem__(self, i):
+        image, masks, labels = self.scene(i)
+        label = torch.zeros(image.shape[:2], dtype=torch.uint8)
+        for mask, k in zip(masks, labels):
+            label[torch.from_numpy(mask)] = 1 + k
+        return Image.fromarray(image), label
 
 
 def open_pairs(cfg, split):
-    """The images and labels of --data for `split`, "train" or "val": an object with len, pair(i), name(i), classes."""
+    """Images and labels of --data for `split`, "train" or "val"."""
     if cfg.data == "shapes":
-        return LabelledShapes(split, cfg.img_size)
-    if not Path(cfg.data).is_dir():
-        common.fail(f"--data {Path(cfg.data).absolute()} is not a folder; give one in ADE20K's layout, or shapes")
+        return LabeledShapes(split, cfg.img_size)
     return Ade(Path(cfg.data), split, cfg.num_classes)
 
 
@@ -229,7 +192,7 @@ def rescale(imgs, size, low, high):
 
 
 def distort(img, rng):
-    """Photometric distortion of an RGB image uint8 (3, H, W), in mmseg's order; each step is left out half the time."""
+    """Photometric distortion of an RGB image uint8 (3, H, W), in mmseg's order; each step has probability 1/2."""
     def linear(x, factor=1.0, shift=0.0):
         return (x.float() * factor + shift).clamp(0, 255).to(torch.uint8)
 
@@ -250,22 +213,18 @@ def distort(img, rng):
 
 
 class Crops(common.Samples):
-    """The training pipeline by key (epoch, index) -> crop uint8 (3, S, S), label uint8 (S, S), key, unreadable files."""
+    """Training crops by key (epoch, index)."""
 
     def __init__(self, source, cfg):
-        self.source, self.seed, self.cfg = source, cfg.seed, cfg
+        self.source, self.cfg = source, cfg
 
-    def draw(self, rng):
-        """All that is random about a sample comes from its own generator."""
-        return rng
-
-    def sample(self, index, rng):
-        S, pair = self.cfg.img_size, self.source.pair(index)
-        img, label = v2.functional.pil_to_tensor(pair[0]), torch.from_numpy(pair[1])[None]  # (3, H, W), (1, H, W)
+    def sample(self, item, rng):
+        """Image uint8 (3, H, W), label uint8 (H, W) -> crop uint8 (3, S, S), its label uint8 (S, S)."""
+        S, (img, label) = self.cfg.img_size, item
         ratio = rng.uniform(*self.cfg.scale)
-        img, label = rescale((img, label), img.shape[1:], int(S * ratio), int(4 * S * ratio))
+        img, label = rescale((img, label[None]), label.shape, int(S * ratio), int(4 * S * ratio))
         H, W = label.shape[1:]
-        for _ in range(11):  # a first draw and ten more; the last is taken as it is
+        for _ in range(11):  # while one class covers three quarters, up to ten more draws; the last is taken as it is
             top, left = rng.integers(max(H - S, 0) + 1), rng.integers(max(W - S, 0) + 1)
             part = label[:, top:top + S, left:left + S]
             counts = part.flatten().bincount(minlength=IGNORE + 1)[:IGNORE]
@@ -276,11 +235,11 @@ class Crops(common.Samples):
             img, label = img.flip(-1), label.flip(-1)
         if self.cfg.distort:
             img = distort(img, rng)
-        # Published: zeros after normalisation, that is ImageNet's mean; in uint8 it is off by at most half a step.
+        # Published runs pad normalized images with zeros, that is the mean color; in uint8 it is rounded.
         canvas = torch.tensor([round(255 * m) for m in common.MEAN], dtype=torch.uint8).view(3, 1, 1).repeat(1, S, S)
-        target = np.full((S, S), IGNORE, np.uint8)
-        canvas[:, :img.shape[1], :img.shape[2]] = img
-        target[:img.shape[1], :img.shape[2]] = label[0].numpy()
+        target = torch.full((S, S), IGNORE, dtype=torch.uint8)
+        h, w = label.shape[1:]
+        canvas[:, :h, :w], target[:h, :w] = img, label[0]
         return canvas, target
 
 
@@ -288,23 +247,23 @@ class Crops(common.Samples):
 
 @functools.lru_cache(maxsize=4)
 def relative_index(grid, device):
-    """Row of the bias table for every two patches of a (h, w) grid -> (N, N); tables lie row by row, (2h-1) x (2w-1)."""
+    """Row of the bias table for every two patches of a (h, w) grid -> (N, N). The table is (2h-1) x (2w-1), row by row."""
     h, w = grid
     y, x = (t.flatten() for t in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
     return ((y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1).to(device)
 
 
 class BiasedBlock(Block):
-    """Block with a relative position bias and layer scale, which begin as 0 and 1 and so leave the function as it was."""
+    """Block with relative position bias and layer scale. They start as 0 and 1, which does not change the output."""
 
     def __init__(self, dim, num_heads, drop_path, side):
         super().__init__(dim, num_heads, drop_path)
-        self.side, self.num_heads = side, num_heads
-        self.rel_pos = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, num_heads))  # the 3: [CLS] to patch, back, itself
+        self.side = side
+        self.rel_pos = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, num_heads))  # + from, to, and between [CLS]
         self.gamma_1, self.gamma_2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
     def bias(self, grid):
-        """What is added to the attention logits -> (heads, 1 + N, 1 + N); bicubic where the grid is another one."""
+        """Added to the attention logits -> (heads, 1 + N, 1 + N); the table is resized for other grids."""
         h, w = grid
         table = self.rel_pos[:-3].T.unflatten(1, (2 * self.side - 1,) * 2).unsqueeze(0)  # (1, heads, 2n-1, 2n-1)
         if (h, w) != (self.side, self.side):
@@ -315,30 +274,34 @@ class BiasedBlock(Block):
         return torch.cat((top, torch.cat((to_cls.expand(-1, h * w, -1), patches), 2)), 1)
 
     def forward(self, x, grid):  # (B, T, D)
-        B, T, D = x.shape
-        q, k, v = self.attn.qkv(self.norm1(x)).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(grid).to(q.dtype))  # (B, heads, T, D/heads)
-        x = x + self.drop(self.gamma_1 * self.attn.proj(attended.transpose(1, 2).reshape(B, T, D)))
+        x = x + self.drop(self.gamma_1 * self.attend(self.norm1(x), grid))
         return x + self.drop(self.gamma_2 * self.mlp(self.norm2(x)))
+
+    def attend(self, x, grid):
+        B, T, D = x.shape
+        q, k, v = self.attn.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(grid).to(q.dtype))
+        return self.attn.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class Backbone(ViT):
-    """The shared ViT for images of any size: four taps as maps, a position table that is trained and resized."""
+    """The shared ViT for images of any size: four taps as maps; its position table is trained, and resized."""
 
-    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, drop_path=0.0, rel_pos_bias=False):
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
-        self.rel_pos_bias, self.taps = rel_pos_bias, [max(1, round(depth * tap / 12)) for tap in (4, 6, 8, 12)]
+    def __init__(self, cfg):
+        super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
+        self.rel_pos_bias, self.taps = cfg.rel_pos_bias, [max(1, round(cfg.depth * tap / 12)) for tap in (4, 6, 8, 12)]
         self.pos_embed.requires_grad_(True)
-        del self.norm  # the taps do not pass it
-        if rel_pos_bias:
-            blocks = (BiasedBlock(embed_dim, num_heads, b.drop_path, self.grid[0]) for b in self.blocks)
+        del self.norm  # not used by the taps
+        if cfg.rel_pos_bias:
+            blocks = (BiasedBlock(cfg.embed_dim, cfg.num_heads, b.drop_path, self.grid[0]) for b in self.blocks)
             self.blocks = nn.ModuleList(blocks).apply(init_weights)
 
     def forward(self, imgs):
         """imgs (B, 3, H, W), H and W multiples of the patch -> four maps (B, D, h, w)."""
-        grid, p = (imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size), self.patch_size
-        x = torch.cat((self.cls_token.expand(len(imgs), -1, -1), self.patch_embed(patchify(imgs, p))), 1)  # (B, 1 + N, D)
-        x = x + common.resize_pos_embed(self.pos_embed, grid)
+        grid = imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size
+        patches = self.embed(patchify(imgs, self.patch_size))
+        x = torch.cat((self.cls_token.expand(len(imgs), -1, -1), patches), 1)  # (B, 1 + N, D)
+        x = x + finetune.resize_pos_embed(self.pos_embed, grid)
         outputs = []
         for block in self.blocks:
             x = block(x, grid) if self.rel_pos_bias else block(x)
@@ -347,7 +310,7 @@ class Backbone(ViT):
 
 
 def conv(inputs, outputs, size):
-    """Convolution, batch norm, ReLU; initialised as mmcv's."""
+    """Convolution, batch norm, ReLU; initialized as in mmcv."""
     layer = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
@@ -367,14 +330,12 @@ def resize(x, size):
 
 
 class UperNet(nn.Module):
-    """Backbone, four scales, head and auxiliary head; arguments as in `Config`."""
+    """Backbone, four scales, head, and auxiliary head."""
 
-    def __init__(self, img_size=512, patch_size=16, embed_dim=768, depth=12, num_heads=12, drop_path=0.1,
-                 rel_pos_bias=False, channels=768, aux_weight=0.4, num_classes=150, loss_mean="all"):
+    def __init__(self, cfg):
         super().__init__()
-        self.aux_weight, self.loss_mean = aux_weight, loss_mean
-        self.backbone = Backbone(img_size, patch_size, embed_dim, depth, num_heads, drop_path, rel_pos_bias)
-        D, C = embed_dim, channels
+        self.cfg, D, C = cfg, cfg.embed_dim, cfg.channels
+        self.backbone = Backbone(cfg)
         self.scales = nn.ModuleList([
             nn.Sequential(nn.ConvTranspose2d(D, D, 2, 2), nn.BatchNorm2d(D), nn.GELU(), nn.ConvTranspose2d(D, D, 2, 2)),
             nn.ConvTranspose2d(D, D, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
@@ -383,9 +344,9 @@ class UperNet(nn.Module):
         self.laterals = nn.ModuleList(conv(D, C, 1) for _ in range(3))
         self.fpn = nn.ModuleList(conv(C, C, 3) for _ in range(3))
         self.fuse = conv(4 * C, C, 3)
-        self.classify = classifier(C, num_classes)
-        if aux_weight:
-            self.aux = nn.Sequential(conv(D, min(256, C), 3), *classifier(min(256, C), num_classes))
+        self.classify = classifier(C, cfg.num_classes)
+        if cfg.aux_weight:
+            self.aux = nn.Sequential(conv(D, min(256, C), 3), *classifier(min(256, C), cfg.num_classes))
 
     def head(self, taps):
         """Four maps (B, D, h, w) of one size -> logits (B, K, 4h, 4w)."""
@@ -404,10 +365,9 @@ class UperNet(nn.Module):
         return resize(self.head(self.backbone(imgs)).float(), imgs.shape[2:])
 
     def cross_entropy(self, logits, labels):
-        """logits (B, K, h, w), labels (B, H, W) with 255 unlabelled -> ()."""
+        """logits (B, K, h, w), labels (B, H, W) with 255 unlabeled -> ()."""
         total = F.cross_entropy(resize(logits.float(), labels.shape[1:]), labels, ignore_index=IGNORE, reduction="sum")
-        counted = labels.numel() if self.loss_mean == "all" else (labels != IGNORE).sum().clamp(min=1)
-        return total / counted
+        return total / (labels.numel() if self.cfg.loss_mean == "all" else (labels != IGNORE).sum().clamp(min=1))
 
     def forward(self, imgs, labels):
         """imgs (B, 3, H, W), labels uint8 (B, H, W) -> loss (), metrics: name -> tensor ()."""
@@ -415,33 +375,32 @@ class UperNet(nn.Module):
         logits = self.head(taps)
         loss = main = self.cross_entropy(logits, labels)
         metrics = {"ce/main": main}
-        if self.aux_weight:
+        if self.cfg.aux_weight:
             metrics["ce/aux"] = self.cross_entropy(self.aux(taps[2]), labels)
-            loss = main + self.aux_weight * metrics["ce/aux"]
+            loss = main + self.cfg.aux_weight * metrics["ce/aux"]
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-    @torch.no_grad()
     def preview(self, imgs, labels):
-        """Panels for preview.png: crops, their labels and what the model says; black is unlabelled."""
-        logits = self.logits(imgs)
-        colours = torch.from_numpy(palette(logits.shape[1])).to(imgs.device)  # (256, 3)
-        paint = [common.normalise(colours[x.long()].permute(0, 3, 1, 2), imgs.device) for x in (labels, logits.argmax(1))]
-        return {"crop": imgs, "label": paint[0], "prediction": paint[1]}
+        """Panels for preview.png: crops, their labels, and the prediction; black is unlabeled."""
+        logits, (mean, std) = self.logits(imgs), common.mean_std(imgs.device)
+        colors = torch.from_numpy(palette(logits.shape[1])).to(imgs.device) / 255  # (256, 3)
+        painted = [(colors[x.long()].permute(0, 3, 1, 2) - mean) / std for x in (labels, logits.argmax(1))]
+        return {"crop": imgs, "label": painted[0], "prediction": painted[1]}
 
 
 def palette(num_classes):
-    """A colour per class, neighbours far apart, and black for 255 -> uint8 (256, 3)."""
-    colours = np.zeros((256, 3))
+    """A color per class, neighbors far apart, and black for 255 -> uint8 (256, 3)."""
+    colors = np.zeros((256, 3))
     for i in range(num_classes):
-        colours[i] = colorsys.hsv_to_rgb((0.6 + 0.618 * i) % 1, (0.4, 0.8, 1.0)[i % 3], (0.8, 1.0, 0.65)[i % 3])
-    return (255 * colours).round().astype(np.uint8)
+        colors[i] = colorsys.hsv_to_rgb((0.6 + 0.618 * i) % 1, (0.4, 0.8, 1.0)[i % 3], (0.8, 1.0, 0.65)[i % 3])
+    return (255 * colors).round().astype(np.uint8)
 
 
-# --- optimiser and schedule -------------------------------------------------------------------------------------------
+# --- optimizer and schedule -------------------------------------------------------------------------------------------
 
 def make_optimizer(model, cfg):
-    """AdamW with a rate per layer; unlike elsewhere the tables and [CLS] are decayed, as in all published runs."""
-    groups = common.layer_groups(model, "backbone.", cfg.depth, cfg.layer_decay, cfg.weight_decay, skip=())
+    """AdamW with layer-wise learning rates; unlike elsewhere tables and [CLS] are decayed, as in all published runs."""
+    groups = finetune.layer_groups(model, "backbone.", cfg.depth, cfg.layer_decay, cfg.weight_decay, skip=())
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
 
 
@@ -460,9 +419,9 @@ def starts(size, crop, stride):
 
 
 def slide(net, img, crop, stride):
-    """Mean logits of overlapping windows, all of one size: net (n, 3, S, S) -> (n, K, S, S); img (3, H, W) -> (K, H, W)."""
+    """Mean logits of overlapping windows of one size: net (n, 3, S, S) -> (n, K, S, S); img (3, H, W) -> (K, H, W)."""
     H, W = img.shape[1:]
-    img = F.pad(img, (0, max(0, crop - W), 0, max(0, crop - H)))  # a smaller image: mean colour right and below
+    img = F.pad(img, (0, max(0, crop - W), 0, max(0, crop - H)))  # a smaller image: mean color right and below
     total = count = 0
     for y, x in itertools.product(*(starts(size, crop, stride) for size in img.shape[1:])):
         around = (x, img.shape[2] - crop - x, y, img.shape[1] - crop - y)
@@ -484,7 +443,8 @@ def segment(model, img, cfg, device, autocast):
     """Image uint8 (3, H, W) -> logits (K, h, w), at the size it is resized to: shorter side img_size, at most 4 : 1."""
     S = cfg.img_size
     img, = rescale((img,), img.shape[1:], S, 4 * S)
-    img = common.normalise(img[None], device)[0]
+    mean, std = common.mean_std(device)
+    img = (img.to(device).float() / 255 - mean) / std
     with autocast:
         if cfg.inference == "slide":
             return slide(model.logits, img, S, max(1, S * 2 // 3))
@@ -492,126 +452,139 @@ def segment(model, img, cfg, device, autocast):
 
 
 def confusion_matrix(predicted, label, num_classes):
-    """Pixels by label (rows) and prediction (columns), int64 (K, K); unlabelled ones are left out."""
+    """Pixels by label (rows) and prediction (columns), int64 (K, K), without unlabeled ones."""
     known = label != IGNORE
     pairs = num_classes * label[known].long() + predicted[known].long()
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
-def class_figures(confusion):
-    """Intersection over union and accuracy of each class (K,), in percent; nan where nothing is to be divided by."""
+def class_metrics(confusion):
+    """Intersection over union and accuracy of each class (K,), in percent; nan for 0 / 0."""
     confusion = confusion.double()
-    inside, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    return 100 * inside / (labelled + predicted - inside), 100 * inside / labelled
+    inside, labeled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    return 100 * inside / (labeled + predicted - inside), 100 * inside / labeled
 
 
-def evaluation(cfg, source):
-    """The `evaluate` that `common.train` calls: mIoU, mAcc and aAcc over `source`; out_dir/per_class.txt has the rest.
-
-    Images that cannot be read, or whose label does not fit, are named and left out; `val_images` counts the others.
-    """
-    def evaluate(model, device, autocast, due):
-        if not due(cfg.eval_every):
-            return {}
-        if dist.is_initialized():  # on CPU batch statistics differ between processes; the first one's are those saved
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        K, n = len(source.classes), min(cfg.eval_images or len(source), len(source))
-        confusion, read = torch.zeros(K, K, dtype=torch.int64), 0
-        for i in range(n)[common.RANK::common.WORLD]:
-            try:
-                img, label = source.pair(i)
-            except Exception as error:  # broken files raise nearly anything
-                common.complain_of(source.name(i), f"{type(error).__name__}: {error}")
-                continue
-            read += 1
-            logits = segment(model, v2.functional.pil_to_tensor(img), cfg, device, autocast)
-            predicted = resize(logits[None], label.shape)[0].argmax(0)  # at the label's size, which is never resized
-            confusion += confusion_matrix(predicted.cpu(), torch.from_numpy(label), K)
-        confusion, read = sum(common.gather(confusion)), sum(common.gather(read))
-        if not confusion.sum():
-            common.fail(f"--data {cfg.data}: not one labelled pixel in the {read} validation images that could be read")
-        iou, acc = class_figures(confusion)
-        if common.RANK == 0:
-            path = Path(cfg.out_dir) / "per_class.txt"
-            try:
-                write_table(path, source.classes, iou, acc, confusion)
-            except OSError as error:
-                common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
-        return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
-                    aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=read)
-    return evaluate
+def evaluate(model, cfg, device, autocast, source):
+    """mIoU, mAcc, and aAcc over `source` -> metrics by name; out_dir/per_class.txt has the classes."""
+    finetune.sync_buffers(model)
+    K, ids = len(source.classes), list(range(len(source)))[:cfg.eval_images or None]
+    confusion, count = torch.zeros(K, K, dtype=torch.int64), 0
+    for (img, label), in finetune.read_each(Crops(source, cfg).read, source, ids, cfg, batch_size=1):
+        logits = segment(model, img, cfg, device, autocast)
+        if not logits.isfinite().all():
+            sys.exit("evaluation stopped: the model's logits are not finite; try --precision fp32")
+        predicted = resize(logits[None], label.shape)[0].argmax(0)  # at the label's size: labels are never resized
+        confusion += confusion_matrix(predicted.cpu(), label, K)
+        count += 1
+    confusion, count = sum(common.gather(confusion)), sum(common.gather(count))
+    if not confusion.sum():
+        sys.exit(f"--data {cfg.data}: the {count} readable validation images have no labeled pixels")
+    iou, acc = class_metrics(confusion)
+    if common.RANK == 0:
+        write_table(Path(cfg.out_dir) / "per_class.txt", source.classes, iou, acc, confusion)
+    return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
+                aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=count)
 
 
 def write_table(path, classes, iou, acc, confusion):
-    """A line per class: name, IoU, accuracy, pixels labelled and predicted; nan: there are none."""
+    """A line per class: name, IoU, accuracy, pixels labeled and predicted; nan: there are none."""
     rows = zip(classes, iou.tolist(), acc.tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
-    lines = [f"{'class':<24}{'IoU':>8}{'acc':>8}{'labelled':>14}{'predicted':>14}"]
-    lines += [f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labelled:14,}{predicted:14,}" for name, i, a, labelled, predicted in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    lines = [f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}"]
+    lines += [f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}" for name, i, a, labeled, predicted in rows]
+    try:
+        with common.replacing(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        common.print0(f"warning: {path} not written: {error}")
 
 
-def overlay(img, predicted, classes, path):
-    """Write a picture: image uint8 (3, h, w), and over it the classes (h, w) in colour with the largest ones named."""
+def predict(model, cfg, classes, device, autocast):
+    """--predict: draw the picture, and over it the classes in color with the largest ones named."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    colours, (h, w) = palette(len(classes)) / 255, predicted.shape
-    picture = img.numpy().transpose(1, 2, 0) / 255
-    figure = Figure((10, 5 * h / w + 0.8), layout="constrained")
-    for ax, shown in zip(figure.subplots(1, 2), (picture, 0.4 * picture + 0.6 * colours[predicted])):
+    img = open_picture(cfg.predict)
+    logits = segment(model, img, cfg, device, autocast)
+    img, = rescale((img,), img.shape[1:], 640, 1280)  # the size of the drawing; a camera's would fill the memory
+    predicted = resize(logits[None], img.shape[1:])[0].argmax(0).cpu().numpy()  # (h, w)
+    colors, picture = palette(len(classes)) / 255, img.permute(1, 2, 0).numpy() / 255
+    figure = Figure((10, 5 * img.shape[1] / img.shape[2] + 0.8), layout="constrained")
+    for ax, shown in zip(figure.subplots(1, 2), (picture, 0.4 * picture + 0.6 * colors[predicted])):
         ax.imshow(shown)
         ax.set_axis_off()
-    share = np.bincount(predicted.ravel(), minlength=len(classes)) / predicted.size
-    largest = [k for k in share.argsort()[::-1][:10] if share[k] >= 0.005]
-    figure.legend(handles=[Patch(color=colours[k], label=f"{classes[k]} {share[k]:.0%}") for k in largest],
+    fraction = np.bincount(predicted.ravel(), minlength=len(classes)) / predicted.size
+    largest = [k for k in fraction.argsort()[::-1][:10] if fraction[k] >= 0.005]
+    figure.legend(handles=[Patch(color=colors[k], label=f"{classes[k]} {fraction[k]:.0%}") for k in largest],
                   loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)
+    path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_segmented.png"
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    common.print0(f"wrote {path}")
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- shared with detect.py, from --init to the run --------------------------------------------------------------------
+# Both call run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, predict) where
+#   saved                                                Config fields that --eval takes from model.pt, SIZES among them
+#   open_data(cfg, "train" or "val") -> source           len, source[i], source.classes
+#   Samples(source, cfg)                                 a common.Samples
+#   evaluate(model, cfg, device, autocast, source)       -> metrics by name, in all processes
+#   predict(model, cfg, classes, device, autocast)       --predict
 
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
-SAVED = (*SIZES, "img_size", "rel_pos_bias", "channels", "aux_weight", "num_classes")
 
 
-def fit(cfg):
-    """Config with the sizes of the file in --init, its weights, and the classes it has learnt if it is one of ours.
+def evaluation_init(cfg):
+    """For --eval and --predict: --init defaults to out_dir's model.pt, and out_dir to --init's folder."""
+    if not (cfg.eval or cfg.predict):
+        return cfg
+    if not cfg.init:
+        return dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "model.pt"))
+    return dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent)) if cfg.out_dir == type(cfg).out_dir else cfg
 
-    Raises ValueError where the file holds no ViT, or --img_size is no multiple of its patches.
+
+def fit(cfg, method, saved):
+    """Config with the sizes of --init, its weights, and the classes that a model of this method was trained on.
+
+    A resumed run does not need the file: without it, sizes are those of last.pt, and no weights are returned.
     """
-    weights = {}
-    if cfg.init:
-        weights, (state, config) = common.read_weights(cfg.init), common.header(cfg.init)
-        if config.get("method") == "upernet":
-            common.check("classes" in state, f"{cfg.init} is to resume from; --init takes best.pt, which lies beside it")
-            return dataclasses.replace(cfg, **{k: config[k] for k in SAVED}), weights, state["classes"]
-        sizes = common.vit_sizes(weights, cfg.init)
-    else:
+    sizes, weights, classes, last = {}, {}, [], Path(cfg.out_dir) / "last.pt"
+    if not cfg.init:
         sizes = {k: getattr(cfg, k) or size for k, size in zip(SIZES, (16, 768, 12, 12))}
-    return dataclasses.replace(cfg, **{k: sizes[k] for k in SIZES}), weights, []
+    elif not Path(cfg.init).exists() and last.exists() and not (cfg.eval or cfg.predict):
+        sizes = {k: common.load(last)["about"].get(k) for k in saved}
+    else:
+        weights, config = finetune.read_weights(cfg.init)
+        if config.get("method") == method:
+            sizes, classes = {k: config[k] for k in saved}, config["classes"]
+        else:
+            sizes = {k: v for k, v in finetune.vit_sizes(weights, config, cfg.init).items() if k in SIZES}
+    if (cfg.eval or cfg.predict) and not classes:
+        sys.exit(f"--init {cfg.init} is no {method} model; give a model.pt of this script")
+    try:
+        return dataclasses.replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}), \
+            weights, classes
+    except AssertionError as error:  # __post_init__
+        sys.exit(f"--init {cfg.init}: {error}")
 
 
 def load_backbone(backbone, weights, path):
-    """Load encoder weights; the position table is resized, what the blocks have more may be missing, all else is left out."""
+    """Load an encoder. The position table is resized; what our blocks add keeps its initial value, which has no effect."""
     own = backbone.state_dict()
-    new = [k for k in own if k.rpartition(".")[2] in ("rel_pos", "rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2")]
-    table = common.resize_pos_embed(weights["pos_embed"], backbone.grid)
-    common.load_weights(backbone, weights | {k: own[k] for k in new} | {"pos_embed": table}, path)
-    others = [k for k in weights if k not in own]
-    common.say(f"init       {len(own) - len(new)} of {len(own)} backbone tensors from {path}"
-               f"{f', {len(new)} of positions or layer scale without effect yet' if new else ''}; position table "
-               f"{weights['pos_embed'].shape[1] - 1} -> {table.shape[1] - 1} patches; left out {others[:4]}"
-               f"{f' and {len(others) - 4} more' if len(others) > 4 else ''}")
+    added = {k: v for k, v in own.items() if k.endswith((".rel_pos", ".rel_pos_h", ".rel_pos_w", ".gamma_1", ".gamma_2"))}
+    table = finetune.resize_pos_embed(weights["pos_embed"], backbone.grid)
+    common.load_weights(backbone, weights | added | dict(pos_embed=table), path)
+    common.print0(f"{len(own) - len(added)} of {len(own)} backbone tensors from {path}, position table "
+                  f"{weights['pos_embed'].shape[1] - 1} -> {table.shape[1] - 1} patches; "
+                  f"left out: {', '.join([k for k in weights if k not in own][:6])}")
 
 
-def make_model(Model, cfg, weights, classes, source_classes):
-    """The model with what --init holds; raises ValueError where that does not fit."""
-    if classes:
-        common.check(list(source_classes) == list(classes), f"{cfg.init} knows "
-                     f"{len(classes)} classes, {', '.join(classes[:3])}, ...; --data {cfg.data} has others")
+def build(Model, cfg, weights, classes, source_classes):
+    """The model with the weights of --init. Ends the program if it was trained on other classes than --data has."""
+    other = [f"{was}, now {now}" for was, now in itertools.zip_longest(classes, source_classes) if was != now]
+    if classes and other:
+        sys.exit(f"{cfg.init} was trained on other classes than --data {cfg.data} has: {'; '.join(other[:3])}")
     torch.manual_seed(cfg.seed)
-    model = Model(**common.arguments(Model, cfg))
+    model = Model(cfg)
     if classes:
         common.load_weights(model, weights, cfg.init)
     elif weights:
@@ -619,71 +592,49 @@ def make_model(Model, cfg, weights, classes, source_classes):
     return model
 
 
-def settle_places(cfg):
-    """Without training, --init is out_dir's best.pt where it is not given, and out_dir is the folder of an --init given."""
-    if not (cfg.eval or cfg.predict):
-        return cfg
-    if not cfg.init:
-        return dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "best.pt"))
-    return dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent)) if cfg.out_dir == type(cfg).out_dir else cfg
-
-
 def open_picture(path):
-    """The picture of --predict, turned as its EXIF says -> uint8 (3, H, W); ends the program where it is none."""
+    """The picture of --predict, turned as its EXIF says -> uint8 (3, H, W)."""
     try:
-        return v2.functional.pil_to_tensor(common.to_rgb(ImageOps.exif_transpose(Image.open(path))))
+        return common.to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except Exception as error:  # broken files raise nearly anything
-        common.fail(f"--predict {path}: {getattr(error, 'strerror', None) or error}")
+        sys.exit(f"--predict {path}: {error}")
+
+
+def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, predict):
+    """Train, evaluate (--eval), or draw one picture (--predict)."""
+    cfg, weights, classes = fit(evaluation_init(cfg), Model.__name__.lower(), saved)
+    device, autocast = common.setup(cfg)
+    if cfg.predict:
+        model = build(Model, cfg, weights, classes, classes)
+        return predict(model.to(device).eval(), cfg, classes, device, autocast)
+    val = open_data(cfg, "val")
+    if not classes and cfg.num_classes not in (0, len(val.classes)):
+        sys.exit(f"--num_classes {cfg.num_classes}, but --data {cfg.data} has {len(val.classes)}; leave the flag out")
+    cfg = dataclasses.replace(cfg, num_classes=len(val.classes))
+    model = build(Model, cfg, weights, classes, val.classes)
+    if cfg.eval:
+        metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val)
+        common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()) + f"; details in {cfg.out_dir}")
+        if common.WORLD > 1:
+            dist.destroy_process_group()
+        return
+    if not cfg.init:
+        common.print0("warning: no --init, the ViT starts from scratch, which needs a far longer training")
+    if common.WORLD > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    train = open_data(cfg, "train")
+    if list(train.classes) != list(val.classes):
+        sys.exit(f"the training and validation images of --data {cfg.data} have different classes")
+    common.train(cfg, model, Samples(train, cfg), optimizer, schedule,
+                 evaluate=lambda model, cfg, device, autocast, samples: evaluate(model, cfg, device, autocast, val))
+
+
+SAVED = (*SIZES, "img_size", "rel_pos_bias", "channels", "aux_weight", "num_classes")
 
 
 def main():
-    """Command line -> model -> training, evaluation, or one picture."""
-    cfg = settle_places(common.parse(Config, RECIPES, __doc__, flag="recipe"))
-    training, asked, out_dir = not (cfg.eval or cfg.predict), cfg.num_classes, Path(cfg.out_dir)
-    try:
-        cfg, weights, classes = fit(cfg)
-        common.check(training or classes, f"--init {cfg.init} is no segmentation model; give a best.pt of this script")
-        source = open_pairs(cfg, "train") if training else None
-        val_source = None if cfg.predict else open_pairs(cfg, "val")
-        if val_source:
-            cfg = dataclasses.replace(cfg, num_classes=len(val_source.classes))
-            common.check(asked in (0, cfg.num_classes),
-                         f"--num_classes {asked}, but --data {cfg.data} has {cfg.num_classes}; leave the flag out")
-        model = make_model(UperNet, cfg, weights, classes, val_source.classes if val_source else classes)
-    except ValueError as error:
-        common.fail(str(error))
-    device, autocast = common.setup(cfg)
-    if cfg.predict:
-        img = open_picture(cfg.predict)
-        logits = segment(model.to(device).eval(), img, cfg, device, autocast)
-        img, = rescale((img,), img.shape[1:], 640, 1280)  # the size of the picture; one of a camera would fill the memory
-        path = out_dir / f"{Path(cfg.predict).stem}_segmented.png"
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            overlay(img, resize(logits[None], img.shape[1:])[0].argmax(0).cpu().numpy(), classes, path)
-        except OSError as error:
-            common.fail(f"--out_dir {path.absolute()} cannot be written: {error.strerror}")
-        common.say(f"done       {path}")
-        return
-    evaluate = evaluation(cfg, val_source)
-    if cfg.eval:
-        figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True)
-        common.say("  ".join(f"{k} {v:.6g}" for k, v in figures.items()) + f"; by class in {out_dir / 'per_class.txt'}")
-        common.leave()
-        return
-    if not cfg.init:
-        common.say("warning    no --init: the ViT starts from scratch, which on ADE20K ends at 20 to 30 mIoU")
-    synchronised = dist.is_initialized() and device.type == "cuda"  # SyncBatchNorm has no CPU version
-    if synchronised:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    steps_per_epoch = max(1, len(source) // cfg.batch_size)
-    micro = cfg.micro_batch or cfg.batch_size // common.WORLD
-    if 0 < micro * (common.WORLD if synchronised else 1) < 2:
-        common.fail("batch norm of one value, the average over one image, is undefined; use --micro_batch 2 or more")
-    cfg = dataclasses.replace(cfg, max_steps=min(cfg.max_steps or cfg.iterations, cfg.iterations))
-    object.__setattr__(cfg, "epochs", math.ceil(cfg.iterations / steps_per_epoch))  # what `train` counts in
-    common.train(cfg, model, samples=Crops(source, cfg), optimizer=make_optimizer, schedule=learning_rate,
-                 evaluate=evaluate)
+    run(common.parse(Config, PRESETS, __doc__), UperNet, SAVED, open_pairs, Crops, make_optimizer, learning_rate,
+        evaluate, predict)
 
 
 if __name__ == "__main__":
