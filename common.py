@@ -461,10 +461,9 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     ddp.broadcast_buffers = False  # they are constants, or the model's own business
     keys = batches(n, cfg, micro, step, stop)
     loader = iter(make_loader(samples, cfg, batch_sampler=keys, collate_fn=samples.collate))
-    kind, sizes = "bf16" if autocast._enabled else "fp32", [p.numel() for p in model.parameters() if p.requires_grad]
-    print0(f"{about['method']}: {sum(sizes):,} trainable parameters, {device} {kind}, {n:,} images of {cfg.data}\n"
-           f"batch {cfg.batch_size} = {WORLD} processes x {accumulate} micro-batches x {micro}, "
-           f"steps {step:,} to {stop:,} of {total:,}")
+    sizes, kind = [p.numel() for p in model.parameters() if p.requires_grad], "bf16" if autocast._enabled else "fp32"
+    print0(f"{about['method']}, {sum(sizes):,} trainable parameters, {n:,} images of {cfg.data}, {device} {kind}\n"
+           f"batch {cfg.batch_size} = {WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,}")
 
     signals = []  # a handler only notes the signal: the loop finishes the step, saves, and exits
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -508,8 +507,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
             dist.all_reduce(flags)
         norm, caught = flags.tolist()  # the only wait for the GPU in a step
         if not math.isfinite(norm):
-            sys.exit(f"gradients not finite at step {step + 1}, loss {metrics['loss'].item():.4g} in process {RANK}; from the"
-                     " last checkpoint, go on with --clip_grad 3 or --precision fp32, or start over at a lower rate")
+            sys.exit(f"step {step + 1} not taken, gradients not finite; loss {metrics['loss'].item():.4g} in process {RANK}."
+                     " Resume with --clip_grad 3 or --precision fp32, or start over with a lower learning rate")
         optimizer.step()
         optimizer.zero_grad()
         step += 1

@@ -1,53 +1,41 @@
 """
-Evaluate a pretrained encoder: fine-tuning, linear probe, nearest neighbors, and training from scratch to compare with.
+Evaluate a pretrained encoder by fine-tuning, a linear probe, or nearest neighbors; train from scratch to compare.
 
-    --mode finetune    train all weights, with layer-wise learning rates, mixup, and RandAugment [MAE App. A.1]
-    --mode linear      train a linear layer on frozen features, with LARS [MAE App. A.1]: --preset linear, linear_boot, ...
+    --mode finetune    train all weights; layer-wise learning rates, mixup, RandAugment [MAE App. A.1]
+    --mode linear      train a linear layer on frozen features with LARS [MAE App. A.1]; needs a linear preset
     --mode knn         no training: weighted vote of the 20 nearest training images [DINO]
-    --mode scratch     train without pretrained weights [MAE App. A.2]: --preset scratch; --init then gives only the sizes
+    --mode scratch     train from random weights [MAE App. A.2]: --preset scratch; --init then gives only the sizes
     --eval             no training: accuracy of a fine-tuned model.pt on val/
 
-`--init` takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm. Which tensors were used,
-initialized anew, and left out is printed. Only head, fc_norm, and bn may be missing, unless --allow_partial is given.
-The last model is evaluated and saved, in out_dir/model.pt.
+--init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm; which tensors are used,
+initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt.
 
 One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
-    imgs, labels = mix(imgs, labels)             # mixup or cutmix of pairs in the batch; labels become soft, (B, C)
-    tokens = vit(imgs)[-1]                       # last block, [CLS] first, (B, 1 + N, D)
-    x      = fc_norm(tokens[:, 1:].mean(1))      # --pool mean; cls: norm(tokens)[:, 0]
-    logits = head(bn(x))                         # bn: batch norm without parameters, --mode linear only
-    loss   = cross_entropy(logits, labels)       # labels smoothed
+    imgs, labels = mix(imgs, labels)            # mixup or cutmix within the batch; labels become soft, (B, C)
+    tokens = vit(imgs)[-1]                      # the last block's output, [CLS] first, (B, 1 + N, D)
+    x      = fc_norm(tokens[:, 1:].mean(1))     # with --pool cls: norm(tokens)[:, 0]
+    logits = head(bn(x))                        # bn, without parameters, only in the linear probe
+    loss   = cross_entropy(logits, labels)      # smoothed labels
 
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
 block i is layer i + 1, head and fc_norm are layer depth + 1.
 
-Where the papers contradict each other or themselves:
-  - DDAE states 8e-3 at batch 1024, four times the rate of MAE, CAE, and SdAE. CAE's 8e-3 is for batch 4096, which preset
-    `ddae` assumes; `ddae_literal` follows the text.
-  - DeepMIM states 2e-4 (CLIP: 4e-4) at batch 1024, not saying whether it is a base rate. Its CLIP log peaks at 4e-4, so
-    neither is. Layer decay 0.6 is for 800 epochs in the text (`deepmim_800`), for CLIP and 1600 in its repository.
-  - SdAE's 5e-4 is a base rate as in MAE, from which it takes the rest.
-Differs from MAE's code:
-  - RandAugment is torchvision's, two operations with probability 1/2 each; magnitude 27 of 30 stands for timm's 9 of 10.
-    It is bilinear, has Identity, no noise on the magnitude, no Invert or SolarizeAdd; its Posterize keeps more bits.
-  - The probe's random crop is torchvision's, which retries for a fitting aspect ratio; MAE's takes the first draw.
-  - A head in --init is kept if it is for the same classes; MAE's fine-tuning initializes it anew.
-  - No EMA of the weights, which MAE uses from scratch and BootMAE always.
-  - Inputs are normalized with ImageNet's mean and deviation, also for files trained with 0.5 (some of timm's).
+Differs from MAE's code: RandAugment is torchvision's, two operations with probability 1/2 each, and magnitude 27 of 30
+for timm's 9 of 10; it adds Identity and lacks Invert, SolarizeAdd, and noise on the magnitude. The probe's crop retries
+for a fitting aspect ratio. Training from scratch has no EMA of the weights. Inputs are normalized with ImageNet's mean
+and deviation, also for timm's files trained with 0.5.
 
     python finetune.py --preset quick --init out/quick/encoder.pt                       # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 finetune.py --preset ddae --data IMAGENET --init out/encoder.pt --out_dir out/ft
-    torchrun --nproc_per_node=8 finetune.py --preset linear --data IMAGENET --init out/encoder.pt --out_dir out/lin
+    torchrun --nproc_per_node=8 finetune.py --preset linear --data IMAGENET --init out/encoder.pt --out_dir out/linear
     python finetune.py --eval --data IMAGENET --init out/ft/model.pt                    # needs val/ only
 """
-import csv
-import dataclasses
 import functools
 import math
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,25 +48,22 @@ from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
-from ddae import Block, ViT, init_weights, sincos_pos_embed
+from ddae import Block, ViT, init_weights
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
     mode: Literal["finetune", "linear", "knn", "scratch"] = "finetune"  # [ours] as listed above
     eval: bool = False  # [ours] no training: accuracy of --init on val/
-    eval_size: tuple[int, ...] = ()  # [ours] with --eval: height and width to classify at; none: a square of img_size
     eval_every: float = 1.0  # [ours] epochs between evaluations on val/; 0: never
     eval_images: int = 0  # [ours] with --mode knn: images of train/ to compare with; 0: all
-    confusion: bool = False  # [ours] write confusion.csv: a row per class, a column per answer
-    allow_partial: bool = False  # [ours] continue if --init lacks more than head, fc_norm, and bn
     img_size: int = 0  # [MAE] side of the crop, pixels; 0: as in --init, else 224
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    pool: Literal["auto", "mean", "cls"] = "auto"  # [MAE] auto: cls for linear, else mean; with --eval as in --init
-    layer: int = 0  # [BootMAE] block whose features --mode linear reads; 0: the last
+    pool: Literal["mean", "cls"] = "mean"  # [MAE] the head reads the patches' mean, or [CLS]; --eval: as in --init
+    layer: int = 0  # [BootMAE] block whose features the head reads; 0: the last
     last_k: int = 0  # [DeepMIM Fig. 7] train only the last k blocks and the head; 0: everything
     reinit_last_k: int = 0  # [DeepMIM Fig. 8] initialize the last k blocks anew before fine-tuning
     epochs: int = 100  # [MAE] ViT-B; ViT-L 50
@@ -93,7 +78,7 @@ class Config(common.RunConfig):
     smoothing: float = 0.1  # [MAE] label smoothing
     mixup: float = 0.8  # [MAE] alpha of mixup; 0: none
     cutmix: float = 1.0  # [MAE] alpha of cutmix, which alternates with mixup at random; 0: none
-    rand_augment: int = 27  # [MAE] magnitude of RandAugment, of 30; 0: none
+    rand_augment: float = 27.0  # [MAE] magnitude of RandAugment, of 30; 0: none
     erase: float = 0.25  # [MAE] probability of random erasing
     crop_min: float = 0.08  # [MAE] smallest area of the random crop, fraction of the image
     crop_pct: float = 0.0  # [MAE] center crop / resized shorter side; 0: as in --init, else 224/256, above 224 pixels 1
@@ -101,40 +86,38 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         assert self.init or self.mode == "scratch" and not self.eval, "--init is missing: encoder.pt, for instance"
-        assert self.eval or self.mode != "linear" or not (self.mixup or self.cutmix or self.drop_path or self.last_k), \
+        assert self.mode != "linear" or self.eval or not (self.mixup or self.cutmix or self.drop_path or self.last_k), \
             "--mode linear needs --preset linear, linear_boot, linear_boot_large, or quick_linear, and no --last_k"
-        assert self.mode == "finetune" and not self.eval or not (self.last_k or self.reinit_last_k), \
-            "--last_k and --reinit_last_k need --mode finetune, without --eval"
-        assert self.mode == "linear" or not self.layer, "--layer needs --mode linear"
-        assert not self.eval_size or self.eval and len(self.eval_size) == 2, "--eval_size is height width, with --eval"
-        assert self.rand_augment <= 30, f"--rand_augment must be at most 30, got {self.rand_augment}"
         for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "crop_pct"):
-            assert getattr(self, name) <= 1, f"--{name} must be at most 1, got {getattr(self, name)}"
+            assert getattr(self, name) <= 1, f"--{name} must be at most 1"
+        assert self.rand_augment <= 30, "--rand_augment must be at most 30"
 
 
+SCRATCH = dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,
+               layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0)
 LINEAR = dict(mode="linear", epochs=90, warmup_epochs=10, batch_size=16384, base_lr=0.1, min_lr=0.0, weight_decay=0.0,
-              layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0)
-SMALL_IMAGES = dict(batch_size=64, rand_augment=0, erase=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, crop_pct=1.0,
-                    crop_min=0.4, warmup_epochs=0.2)
+              layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0,
+              pool="cls")
+QUICK = dict(epochs=1, batch_size=64, base_lr=4e-3, rand_augment=0, erase=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0,
+             crop_pct=1.0, crop_min=0.4, warmup_epochs=0.2)
 PRESETS = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "ddae": dict(),  # 8e-3 at 4096 is MAE's 2e-3 at 1024; decay 0.65, warm-up 5, 100 epochs as well
-    "ddae_small": dict(base_lr=1e-3, layer_decay=0.75),  # 1.6e-2, at 4096 as for ViT-B
+    "ddae": dict(),  # states 8e-3 at batch 1024; at 4096, as in CAE, this is MAE's rate
+    "ddae_small": dict(base_lr=1e-3, layer_decay=0.75),  # 1.6e-2 at 4096
     "ddae_literal": dict(base_lr=2e-3),  # 8e-3 at 1024
-    "deepmim": dict(base_lr=5e-5),  # 2e-4 at 1024; targets other than CLIP
-    "deepmim_clip": dict(base_lr=1e-4),  # 4e-4 at 1024
-    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),
-    "sdae": dict(batch_size=2048, warmup_epochs=10),
+    "deepmim": dict(base_lr=5e-5),  # 2e-4 at 1024, not a base rate: its log for CLIP, below, peaks at the stated 4e-4
+    "deepmim_clip": dict(base_lr=1e-4),
+    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs; its code has 0.6 for CLIP and 1600
+    "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "scratch": dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,
-                    layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0),  # MAE's appendix A.2, but no EMA
+    "scratch": SCRATCH,
     "linear": LINEAR,
-    "linear_boot": LINEAR | dict(pool="mean", layer=10),  # BootMAE's scripts
+    "linear_boot": LINEAR | dict(pool="mean", layer=10),  # [code: BootMAE]
     "linear_boot_large": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=18),
-    "quick": SMALL_IMAGES | dict(epochs=1, base_lr=4e-3, layer_decay=0.9, out_dir="out/quick_finetune"),
-    "quick_scratch": SMALL_IMAGES | dict(mode="scratch", epochs=1, base_lr=4e-3, layer_decay=1.0, patch_size=4, img_size=32,
-                                         embed_dim=96, depth=4, num_heads=3, out_dir="out/quick_scratch"),
+    "quick": QUICK | dict(layer_decay=0.9, out_dir="out/quick_finetune"),
+    "quick_scratch": QUICK | dict(mode="scratch", layer_decay=1.0, patch_size=4, img_size=32, embed_dim=96, depth=4,
+                                  num_heads=3, out_dir="out/quick_scratch"),
     "quick_linear": LINEAR | dict(epochs=2, warmup_epochs=0.2, batch_size=256, base_lr=20.0, crop_pct=1.0, crop_min=0.4,
                                   pool="mean", out_dir="out/quick_linear"),
 }
@@ -142,19 +125,8 @@ PRESETS = {
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-def open_labeled(cfg):
-    """Training and validation images of --data, and their classes, which must agree. --eval needs only validation."""
-    val = common.open_data(cfg, "val")
-    train = val if cfg.eval else common.open_data(cfg, "train")
-    names, val_names = ([str(c) for c in getattr(source, "classes", [])] for source in (train, val))
-    if names != val_names or names in ([], [""]):
-        sys.exit(f"--data {cfg.data} needs the same class folders in train/ and val/; these are not in both: "
-                 f"{sorted(set(names) ^ set(val_names))[:5]}")
-    return train, val, names
-
-
 class Erase(nn.Module):
-    """Random erasing of uint8 images with noise of deviation 1 after normalization, as in MAE; clipped to 0 and 255 here."""
+    """Random erasing of uint8 images. Noise as in MAE, of deviation 1 after normalization, but clipped to 0 and 255."""
 
     def __init__(self, p):
         super().__init__()
@@ -175,24 +147,20 @@ class Samples(common.Samples):
     def __init__(self, source, cfg):
         super().__init__(source, cfg)
         fill = [round(255 * m) for m in common.MEAN]
-        augment = v2.RandAugment(1, cfg.rand_augment, interpolation=InterpolationMode.BILINEAR, fill=fill)
+        augment = v2.RandAugment(1, int(cfg.rand_augment), interpolation=InterpolationMode.BILINEAR, fill=fill)
         twice = [v2.RandomApply([augment], 0.5)] * 2 if cfg.rand_augment else []
         self.crop = v2.Compose([self.crop, *twice, *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, item, rng):
-        image, label = item
-        return self.crop(image), label
+        return self.crop(item[0]), item[1]
 
 
-def center_crop(size, crop_pct=1.0):
-    """Resize the shorter side to the crop's longer / crop_pct, bicubic, and cut out the center; size (height, width)."""
-    return v2.Compose([v2.Resize(round(max(size) / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)])
-
-
-def read_cropped(crop, source, i):
-    """-> crop uint8 (3, h, w), label, i."""
+def read_center(source, cfg, i):
+    """Resize the shorter side to img_size / crop_pct and cut out the center -> uint8 (3, S, S), label, i."""
     image, label = source[i]
-    return crop(common.to_rgb(image)), label, i
+    side = [round(cfg.img_size / getattr(cfg, "crop_pct", 1.0))]  # pretraining does not crop
+    image = v2.functional.resize(common.to_rgb(image), side, InterpolationMode.BICUBIC)
+    return v2.functional.center_crop(image, [cfg.img_size]), label, i
 
 
 # --- ViT files --------------------------------------------------------------------------------------------------------
@@ -208,7 +176,7 @@ def read_weights(path):
 
 def vit_sizes(weights, config, path):
     """img_size, patch_size, embed_dim, depth, and num_heads of a ViT's weights. Ends the program for other weights."""
-    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("cls_token", 3)):
+    for name, ndim in dict(cls_token=3, pos_embed=3, **{"patch_embed.proj.weight": 4}).items():
         if name not in weights or weights[name].ndim != ndim:
             sys.exit(f"{path} holds no ViT: {name} is missing or has another shape; give encoder.pt")
     known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
@@ -217,7 +185,7 @@ def vit_sizes(weights, config, path):
         sys.exit(f"{path} is another kind of ViT: {len(more)} tensors are unknown here, such as {more[0]}")
     D, _, p, _ = weights["patch_embed.proj.weight"].shape
     side = math.isqrt(max(0, weights["pos_embed"].shape[1] - 1))
-    # Weights do not tell the number of heads. Usual are 64 channels per head, but 80 in MAE's and timm's ViT-H.
+    # Weights do not tell the number of heads: mostly 64 channels each, but 80 in the ViT-H of MAE and timm.
     heads = config.get("num_heads", 16 if D == 1280 else max(1, D // 64))
     if side ** 2 + 1 != weights["pos_embed"].shape[1] or D % 4 or D % heads:
         sys.exit(f"{path}: pos_embed is not square, or width {D} is not divisible by 4 and by {heads} heads")
@@ -238,7 +206,7 @@ def resize_pos_embed(table, grid):
 def settle(cfg):
     """Read --init -> Config with the sizes, pool, and crop that it decides; its tensors by name; its class names.
 
-    A resumed run does not need the file: it has its own sizes in out_dir/model.pt and its weights in last.pt.
+    A resumed run does not need the file: model.pt has its sizes, and common.train loads the weights from last.pt.
     """
     own = Path(cfg.out_dir) / "model.pt"
     resumes = not cfg.eval and cfg.mode != "knn" and own.exists() and own.with_name("last.pt").exists()
@@ -246,39 +214,35 @@ def settle(cfg):
     sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
     if path:
         weights, was = read_weights(path)
-        sizes = vit_sizes(weights, was, path)
+        sizes = vit_sizes(weights, dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was, path)
     for name, size in sizes.items():
         given = getattr(cfg, name)
-        if path and given not in (0, size) and (name in was or name not in ("img_size", "num_heads")):
+        if path and name != "img_size" and given not in (0, size):
             sys.exit(f"--{name} {given}, but {path} has {size}")
         sizes[name] = given or size
-    for size in (sizes["img_size"], *cfg.eval_size):
-        if size % sizes["patch_size"]:
-            sys.exit(f"{size} pixels are not divisible by patches of {sizes['patch_size']} pixels")
-    if max(cfg.layer, cfg.last_k, cfg.reinit_last_k) > sizes["depth"]:
-        sys.exit(f"--layer, --last_k, and --reinit_last_k must be at most {sizes['depth']}, the blocks of {path}")
-    sizes["depth"] = cfg.layer or sizes["depth"]  # the blocks above are not used
-    mode, pool = cfg.mode, cfg.pool
+    img_size, patch_size, depth = sizes["img_size"], sizes["patch_size"], sizes["depth"]
+    if img_size % patch_size or max(cfg.layer, cfg.last_k, cfg.reinit_last_k) > depth:
+        sys.exit(f"--img_size {img_size} is not divisible by {patch_size}, the patch size, or --layer, --last_k, or "
+                 f"--reinit_last_k is above {depth}, the number of blocks")
+    crop_pct = cfg.crop_pct or was.get("crop_pct") or (0.875 if img_size <= 224 else 1.0)
+    cfg = replace(cfg, crop_pct=crop_pct, **sizes | dict(depth=cfg.layer or depth))  # blocks above --layer are not used
     if cfg.eval:
-        mode = "linear" if "bn.running_mean" in weights else "finetune"
-    if pool == "auto":
-        pool = "cls" if (mode == "linear" if not cfg.eval else "fc_norm.weight" not in weights) else "mean"
-    crop_pct = cfg.crop_pct or was.get("crop_pct") or (0.875 if sizes["img_size"] <= 224 else 1.0)
-    cfg = dataclasses.replace(cfg, mode=mode, pool=pool, crop_pct=crop_pct, **sizes)
-    return cfg, {} if resumes or mode == "scratch" else weights, was.get("classes", [])
+        cfg = replace(cfg, mode="linear" if "bn.running_mean" in weights else "finetune",
+                      pool="mean" if "fc_norm.weight" in weights else "cls")
+    if resumes or cfg.mode == "scratch":
+        return cfg, {}, []
+    weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], (img_size // patch_size,) * 2)
+    return cfg, weights, was.get("classes", [])
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
 class Classifier(ViT):
-    """ViT with a head, under timm's names, for a Config from `settle`. --mode linear trains the head alone."""
+    """ViT with a head, under timm's names; cfg as from `settle`. --mode linear trains the head alone."""
 
     def __init__(self, cfg, num_classes):
         super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
         self.cfg, linear = cfg, cfg.mode == "linear"
-        if cfg.eval_size:
-            self.grid = tuple(size // cfg.patch_size for size in cfg.eval_size)
-            self.pos_embed = nn.Parameter(sincos_pos_embed(cfg.embed_dim, self.grid))
         if cfg.pool == "mean":
             self.norm = nn.Identity()
             self.fc_norm = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
@@ -287,8 +251,8 @@ class Classifier(ViT):
         self.head = nn.Linear(cfg.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01 if linear else 2e-5)
         nn.init.zeros_(self.head.bias)
-        mixes = [make(alpha=alpha, num_classes=num_classes) for make, alpha in ((v2.MixUp, cfg.mixup),
-                                                                                (v2.CutMix, cfg.cutmix)) if alpha]
+        mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=num_classes)] if cfg.mixup else []
+        mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=num_classes)] if cfg.cutmix else []
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
     def forward(self, imgs, labels):
@@ -306,41 +270,24 @@ class Classifier(ViT):
         return self.head(self.bn(x))
 
 
-def build(cfg, weights, trained_on, classes):
-    """Classifier for these classes, with `weights` of a model for the classes `trained_on` ([] if not known)."""
-    model = Classifier(cfg, len(classes))
-    if cfg.eval and trained_on not in ([], classes):
-        sys.exit(f"{cfg.init} is for other classes than --data: {len(trained_on)} and {len(classes)}, such as "
-                 f"{[pair for pair in zip(trained_on, classes) if pair[0] != pair[1]][:2]}")
-    same = trained_on in ([], classes) and len(weights.get("head.weight", ())) == len(classes)
-    if not cfg.eval and (cfg.mode == "linear" or not same):
-        weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "bn."))}
+def build(cfg, weights, num_classes):
+    """Classifier with `weights`, if any, besides a head that is initialized anew for training."""
+    model = Classifier(cfg, num_classes)
     if weights:
-        load_pretrained(model, weights, cfg)
+        own, head = model.state_dict(), () if cfg.eval else ("head.", "bn.")
+        used = {k: v for k, v in weights.items() if k in own and not k.startswith(head)}
+        anew = {k: v for k, v in own.items() if k not in used and k.startswith((*head, "fc_norm."))}
+        common.load_weights(model, used if cfg.eval else used | anew, cfg.init)
+        for what, names in (("used", used), ("initialized anew", anew), ("left out", weights.keys() - used)):
+            counts = Counter(sorted(name.split(".")[0] for name in names))
+            common.print0(f"{cfg.init}, tensors {what}: {', '.join(f'{k} ({n})' for k, n in counts.items()) or 'none'}")
     for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
         model.blocks[i] = Block(cfg.embed_dim, cfg.num_heads, model.blocks[i].drop_path).apply(init_weights)
     if 0 < cfg.last_k < cfg.depth:
-        model.cls_token.requires_grad_(False)
-        model.pos_embed.requires_grad_(False)
-        for module in (model.patch_embed, *model.blocks[:cfg.depth - cfg.last_k]):
-            module.requires_grad_(False)
+        frozen = nn.ModuleList((model.patch_embed, *model.blocks[:-cfg.last_k]))
+        for p in (model.cls_token, model.pos_embed, *frozen.parameters()):
+            p.requires_grad_(False)
     return model
-
-
-def load_pretrained(model, weights, cfg):
-    """Load a Classifier, its position table resized. Print which tensors are used, initialized anew, and left out."""
-    def brief(names):
-        return ", ".join(f"{k} ({n})" for k, n in Counter(k.split(".")[0] for k in names).items()) or "none"
-
-    own = model.state_dict()
-    weights = weights | dict(pos_embed=resize_pos_embed(weights["pos_embed"], model.grid))
-    anew = [k for k in own if k not in weights]
-    lacking = [k for k in anew if cfg.eval or not k.startswith(("head.", "fc_norm.", "bn."))]
-    if lacking and (cfg.eval or not cfg.allow_partial):
-        sys.exit(f"{cfg.init} lacks {brief(lacking)}, such as {lacking[0]}")
-    common.load_weights(model, own | weights, cfg.init)
-    common.print0(f"{len(own) - len(anew)} of {len(own)} tensors from {cfg.init}; initialized anew: {brief(anew)}; left "
-                  f"out: {brief(k for k in weights if k not in own)}")
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
@@ -353,17 +300,16 @@ def layer_groups(model, prefix, depth, layer_decay, weight_decay, skip=("cls_tok
     """
     groups = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        inner, layer = name.removeprefix(prefix), depth + 1
-        if name.startswith(prefix) and inner.startswith(("cls_token", "pos_embed", "patch_embed")):
+        layer = depth + 1
+        if name.startswith(tuple(prefix + part for part in ("cls_token", "pos_embed", "patch_embed"))):
             layer = 0
-        elif name.startswith(prefix) and inner.startswith("blocks."):
-            layer = int(inner.split(".")[1]) + 1
-        decay = 0.0 if p.ndim <= 1 or name.endswith(tuple(skip)) else weight_decay
-        scale = layer_decay ** (depth + 1 - layer)
-        groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, lr_scale=scale))["params"].append(p)
-    return [groups[key] for key in sorted(groups)]
+        elif name.startswith(f"{prefix}blocks."):
+            layer = int(name.removeprefix(prefix).split(".")[1]) + 1
+        if p.requires_grad:
+            decay = 0.0 if p.ndim <= 1 or name.endswith(tuple(skip)) else weight_decay
+            groups.setdefault((layer, decay), []).append(p)
+    return [dict(params=groups[layer, decay], weight_decay=decay, lr_scale=layer_decay ** (depth + 1 - layer))
+            for layer, decay in sorted(groups)]
 
 
 class LARS(torch.optim.Optimizer):
@@ -379,13 +325,11 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 d = p.grad
                 if p.ndim > 1:
                     d = d + group["weight_decay"] * p
-                    length, step = p.norm(), d.norm()
-                    d = d * torch.where((length > 0) & (step > 0), group["trust"] * length / step, torch.ones_like(step))
+                    scale = group["trust"] * p.norm() / d.norm()
+                    d = d * torch.where((scale > 0) & scale.isfinite(), scale, 1)
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(group["lr"] * momentum.mul_(group["momentum"]).add_(d))
 
@@ -414,10 +358,7 @@ class Attempt(torch.utils.data.Dataset):
 
 
 def read_each(read, source, ids, cfg, batch_size=100):
-    """Yield lists of read(i) for this process's share of `ids`. Broken files are named, left out, and limited in number.
-
-    All processes must exhaust it.
-    """
+    """Yield lists of read(i) for this process's share of `ids`; all must exhaust it. Names and limits broken files."""
     new_bad, mine = {}, ids[common.RANK::common.WORLD]
     for pairs in common.make_loader(Attempt(read, source), cfg, batch_size=batch_size, sampler=mine, collate_fn=list):
         for _, bad in pairs:
@@ -435,67 +376,41 @@ def sync_buffers(model):
 
 
 @torch.no_grad()
-def accuracy(model, source, cfg, device, autocast, keep=None):
-    """Classify every image of `source` once, whatever the number of processes.
+def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None):
+    """Classify every image of `source` (None: val/) once -> acc1, acc5 (percent), val_loss, val_images by name.
 
     keep: bool (C,), the classes that may be answered; None: all.
-    -> acc1, acc5 (percent), val_loss, val_images by name; confusion matrix int64 (C, C), rows are labels.
     """
-    crop, C = center_crop(cfg.eval_size or (cfg.img_size,) * 2, cfg.crop_pct), len(model.head.weight)
-    confusion = torch.zeros(C * C, dtype=torch.int64, device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # right among the first five; cross-entropy
-    for items in read_each(functools.partial(read_cropped, crop, source), source, range(len(source)), cfg):
+    source = source or common.open_data(cfg, "val")
+    sync_buffers(model)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, images
+    for items in read_each(functools.partial(read_center, source, cfg), source, range(len(source)), cfg):
         imgs, labels = common.to_device(*default_collate(items)[:2], device)
         with autocast:
             logits = model.logits(imgs).float()  # (B, C)
         if not logits.isfinite().all():
-            sys.exit(f"the logits of an image are not finite, weights from {cfg.init}; try --precision fp32")
+            sys.exit(f"logits are not finite, model from {cfg.init}; try --precision fp32")
         if keep is not None:
             logits = logits.masked_fill(~keep.to(device), -torch.inf)
-        top = logits.topk(min(5, C)).indices  # (B, 5)
-        confusion += (labels * C + top[:, 0]).bincount(minlength=C * C)
-        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(((top == labels.unsqueeze(1)).sum(), cross_entropy))
+        right = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)  # (B, 5)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack((right[:, 0].sum(), right.sum(), loss, torch.tensor(len(imgs), device=device)))
     if common.WORLD > 1:
-        dist.all_reduce(confusion)
         dist.all_reduce(sums)
-    confusion, n = confusion.view(C, C).cpu(), max(1, confusion.sum().item())
-    acc1, acc5, loss = confusion.trace().item() / n, *(sums / n).tolist()
-    return dict(acc1=100 * acc1, acc5=100 * acc5, val_loss=loss, val_images=n), confusion
-
-
-def evaluate(model, cfg, device, autocast, samples=None):
-    """`accuracy` on val/; with --confusion also a table for any spreadsheet: how often a class was taken for another."""
-    source = common.open_data(cfg, "val")
-    sync_buffers(model)
-    metrics, confusion = accuracy(model, source, cfg, device, autocast)
-    if cfg.confusion and common.RANK == 0:
-        path = Path(cfg.out_dir) / "confusion.csv"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with common.replacing(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
-                table = csv.writer(file)
-                table.writerow(["class", "images", "accuracy", *source.classes])
-                for i, (name, row) in enumerate(zip(source.classes, confusion.tolist())):
-                    table.writerow([name, sum(row), f"{100 * row[i] / max(1, sum(row)):.2f}", *row])
-        except OSError as error:
-            common.print0(f"warning: {path} not written: {error}")
-    return metrics
+    right1, right5, loss, n = sums.tolist()
+    return dict(acc1=100 * right1 / n, acc5=100 * right5 / n, val_loss=loss / n, val_images=n)
 
 
 @torch.no_grad()
 def embed(encoder, source, ids, cfg, device, autocast):
     """Mean patch features of the last block, of length 1, for all `ids` in all processes -> (n, D), labels (n,)."""
-    read = functools.partial(read_cropped, center_crop((cfg.img_size,) * 2), source)
     parts = [(torch.empty(0, cfg.embed_dim), torch.empty(0, dtype=torch.long))]
-    for items in read_each(read, source, ids, cfg):
-        imgs, labels, _ = default_collate(items)
-        imgs, _ = common.to_device(imgs, labels, device)
+    for items in read_each(functools.partial(read_center, source, cfg), source, ids, cfg):
+        imgs, labels = default_collate(items)[:2]
         with autocast:
-            tokens = encoder.norm(encoder(imgs)[-1])  # (B, 1 + N, D)
+            tokens = encoder.norm(encoder(common.to_device(imgs, labels, device)[0])[-1])  # (B, 1 + N, D)
         parts.append((F.normalize(tokens[:, 1:].float().mean(1)).cpu(), labels))
-    features, labels = zip(*sum(common.gather(parts), []))
-    return torch.cat(features).to(device), torch.cat(labels).to(device)
+    return [torch.cat(x).to(device) for x in zip(*sum(common.gather(parts), []))]
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
@@ -520,25 +435,21 @@ def evaluate_encoder(model, cfg, device, autocast, samples):
 
     kNN is weighted as in DINO, k = 20. Exact for any number of processes.
     """
-    val, found, sums = common.open_data(cfg, "val"), {}, {}
+    train, val, found, rows = samples.source, common.open_data(cfg, "val"), {}, []
     ids = choose(len(val), max(1, cfg.eval_images // 5))
-    if getattr(samples.source, "classes", []) != [""]:
-        encoder, bank = getattr(model, "exported", model.encoder), choose(len(samples.source), cfg.eval_images)
-        bank, queries = (embed(encoder, source, of, cfg, device, autocast)
-                         for source, of in ((samples.source, bank), (val, ids)))
-        found["knn"] = knn_accuracy(*bank, *queries)
-    read = functools.partial(read_cropped, center_crop((cfg.img_size,) * 2), val)
-    for items in read_each(read, val, ids, cfg):
-        draws = [samples.draw(np.random.default_rng((0, i)), cfg) for _, _, i in items]  # no seed changes them
-        imgs, draws = common.to_device(default_collate([item[0] for item in items]), default_collate(draws), device)
+    if getattr(train, "classes", []) != [""]:
+        encoder = getattr(model, "exported", model.encoder)
+        bank = embed(encoder, train, choose(len(train), cfg.eval_images), cfg, device, autocast)
+        found["knn"] = knn_accuracy(*bank, *embed(encoder, val, ids, cfg, device, autocast))
+    for items in read_each(functools.partial(read_center, val, cfg), val, ids, cfg):
+        imgs, _, numbers = zip(*items)
+        draws = [samples.draw(np.random.default_rng((0, i)), cfg) for i in numbers]  # the same for every seed
         with autocast:
-            loss, metrics = model(imgs, draws)
-        for name, value in dict(n=1, loss=loss, **metrics).items():
-            sums[name] = sums.get(name, 0) + len(imgs) * float(value)
-    parts = common.gather(sums)
-    sums = {name: sum(part.get(name, 0) for part in parts) for name in max(parts, key=len)}
-    n = sums.pop("n")
-    return found | {f"val_{name}": value / n for name, value in sums.items()}
+            loss, metrics = model(*common.to_device(default_collate(imgs), default_collate(draws), device))
+        rows.append((len(imgs), {k: v.item() for k, v in dict(loss=loss, **metrics).items()}))
+    rows = sum(common.gather(rows), [])  # the batches of all processes
+    n = sum(count for count, _ in rows)
+    return found | {f"val_{k}": sum(count * row[k] for count, row in rows) / n for k in rows[0][1]}
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
@@ -547,18 +458,24 @@ def evaluate_encoder(model, cfg, device, autocast, samples):
 def main():
     cfg, weights, trained_on = settle(common.parse(Config, PRESETS, __doc__))
     device, autocast = common.setup(cfg)
-    train, val, classes = open_labeled(cfg)
+    val = common.open_data(cfg, "val")
+    train = val if cfg.eval else common.open_data(cfg, "train")
+    names, classes = ([str(c) for c in getattr(source, "classes", [])] for source in (train, val))
+    if names != classes or classes in ([], [""]):
+        sys.exit(f"--data {cfg.data} needs the same class folders in train/ and val/; only in one: "
+                 f"{sorted(set(names) ^ set(classes))[:5]}")
+    if cfg.eval and trained_on not in ([], classes):
+        sys.exit(f"{cfg.init} is for other classes than --data: {trained_on[:4]} ... and {classes[:4]} ...")
     if cfg.mode == "knn":
-        vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads)
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], vit.grid)
+        vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
         common.load_weights(vit, weights, cfg.init)
-        vit.to(device).eval()
-        bank = embed(vit, train, choose(len(train), cfg.eval_images), cfg, device, autocast)
+        cfg = replace(cfg, crop_pct=1.0)
+        bank = embed(vit.to(device), train, choose(len(train), cfg.eval_images), cfg, device, autocast)
         queries = embed(vit, val, range(len(val)), cfg, device, autocast)
         metrics = dict(knn=knn_accuracy(*bank, *queries), val_images=len(queries[0]), train_images=len(bank[0]))
     else:
         torch.manual_seed(cfg.seed)
-        model = build(cfg, weights, trained_on, classes)
+        model = build(cfg, weights, len(classes))
         if not cfg.eval:
             return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast)

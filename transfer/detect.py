@@ -1,53 +1,49 @@
 """
-Object detection and instance segmentation: Mask R-CNN on a plain ViT, in the two forms in which encoders are measured on COCO.
+Object detection and instance segmentation: Mask R-CNN on a plain ViT, in the two forms in which encoders are compared.
 
-The model, `MaskRCNN`. D width, C channels, K classes, strides for patches of 16 pixels:
+The model, `MaskRCNN`. D width, C channels, K classes; strides are those of patches of 16 pixels:
     --style taps (SdAE, DDAE, CAE): global attention, images of any size, 12 epochs
-        taps = outputs of blocks 4, 6, 8, 12 of 12, without [CLS] and without the final norm           # strides 16 16 16 16
-        maps = FPN(taps at 4, 2, 1 and 1/2 times their resolution)                                     # strides 4 8 16 32
-    --style vitdet (DeepMIM, MAE): four blocks with global attention, the others in windows of 14 x 14; one square canvas
-        maps = the last block's output at 4, 2, 1 and 1/2 times its resolution, each then 1x1 and 3x3  # strides 4 8 16 32
-    maps += [every second pixel of the coarsest]                                                       # stride 64, for the RPN
-    proposals = rpn(maps)                       # 3 anchors per position, NMS                          # (n, 4) per image
-    classes, boxes = box_head(RoIAlign(maps, proposals))                                               # (n, K + 1), (n, 4K + 4)
-    masks = mask_head(RoIAlign(maps, boxes))                                                           # (n, K + 1, 28, 28)
-    loss = CE(anchors) + smooth L1(anchors) + CE(classes) + L1 or 10 GIoU(boxes) + BCE(masks of positives)
-The ViT and the pyramid may run in bf16; from the maps on nothing does: bf16 anchors are off by up to 4 pixels, and boxes
-decoded in bf16 overlap the right ones by 0.83 only.
+        taps = outputs of blocks 4, 6, 8, 12 of 12, without [CLS] and the final norm      # strides 16 16 16 16
+        maps = FPN(taps at 4, 2, 1, and 1/2 times their resolution)                       # strides 4 8 16 32
+    --style vitdet (DeepMIM, MAE): four blocks with global attention, the others in windows of 14 x 14; a square canvas
+        maps = the last block's output at 4, 2, 1, and 1/2 times its resolution, each through 1x1 and 3x3 convolutions
+    maps += [every second pixel of the coarsest]                                          # stride 64, for the RPN
+    proposals = rpn(maps)                                                                 # (n, 4) per image
+    classes, boxes = box_head(RoIAlign(maps, proposals))                                  # (n, K + 1), (n, 4K + 4)
+    masks = mask_head(RoIAlign(maps, boxes))                                              # (n, K + 1, 28, 28)
+    loss = CE(anchors) + smooth L1(anchors) + CE(classes) + 10 GIoU(boxes) or L1(offsets) + BCE(masks of positives)
+The ViT and the pyramid may run in bf16. The heads never do: bf16 anchors are off by up to 4 pixels.
 
-Data: `--data FOLDER` in COCO's layout, {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json, with masks as
-polygons, RLE or compressed RLE; or `shapes`, generated. Category ids may have gaps. Crowds are left out of training and
-count in evaluation as COCO's rules say. Images that show no instance, or crowds alone, are left out of training.
-out_dir/results_{bbox,segm}.json are in COCO's format; APb and APm are pycocotools', in percent.
+Data: `--data FOLDER` in COCO's layout, {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json, with masks
+as polygons, RLE, or compressed RLE; or `shapes`, generated. Crowds are not trained on, and ignored in evaluation as
+pycocotools does. Images without instances are not trained on. APb and APm are pycocotools', in percent.
 
-What is easily done otherwise, or torchvision does otherwise:
-  - the strides that RoIAlign assumes are constants; torchvision guesses them from the first batch, before padding
+Easy to get wrong, or different in torchvision:
+  - the strides that RoIAlign assumes are constants; torchvision infers them from the first batch, before padding
   - mask targets are cut out of the true masks with aligned RoIAlign and stay soft, and masks are pasted by bilinear
-    sampling: true masks coded like this and back reach 99 AP; torchvision's unaligned targets and whole-pixel boxes 88
-  - masks are resized by the pixel at each centre; torchvision's nearest moves them half a pixel off image and boxes
-  - after a crop boxes are drawn anew around what is left of the masks
-  - ViTDet decays biases but no norm of the ViT and no position table; the other style all that is no vector, and its
-    position table is not trained
-  - images of a micro-batch are padded to one size, which the position table is stretched to, so the micro-batch matters;
-    recipes of the first style take the published 2 at a time. Published samplers also paired images of like orientation
-  - the RPN's box loss is torchvision's, quadratic below 1/9, where the published code has L1; nothing is antialiased
-SdAE names CAE's setting, DDAE SdAE's: CAE's box head of four convolutions and its GIoU loss are therefore the defaults, but no
-text states them; `--box_head 2fc --box_loss l1` is MMDetection's base. With DeepMIM only batch, rates and canvas are
-stated; epochs and drops are MAE's, whose setting it follows. CAE alone also crops at random; SdAE does not, nor do we.
+    sampling. True masks coded like this and back have 98.6 to 99.1 AP, with torchvision's coding 88 to 97
+  - masks are resized by the pixel at each center; torchvision's nearest moves them half a pixel off image and boxes
+  - weight decay: ViTDet's on biases too, but not on the ViT's norms and position table; the other style's on all but
+    vectors, and its position table is frozen
+  - images of a micro-batch are padded to one size, to which the position table is resized, so the micro-batch matters:
+    presets of style taps take the published 2. Published samplers also paired images of like orientation
+  - the RPN's box loss is torchvision's, quadratic below 1/9, where the published code has L1
+SdAE names CAE's setting, and DDAE SdAE's. So CAE's box head of four convolutions and its GIoU loss are the defaults,
+though no text states them; `--box_head 2fc --box_loss l1` is MMDetection's base. CAE's layer scale and random crops are
+left out. DeepMIM states only batch size, learning rates, and canvas; the rest is MAE's, whose setting it follows.
 
-Run:
-    python -m transfer.detect --recipe quick --init out/quick/encoder.pt           # generated images, 2 CPU cores
-    torchrun --nproc_per_node=8 -m transfer.detect --recipe ddae --data COCO --init out/ddae/encoder.pt --out_dir out/coco
-    python -m transfer.detect --eval --data COCO --init out/coco/best.pt
-    python -m transfer.detect --predict photo.jpg --init out/coco/best.pt          # photo_detected.png, beside best.pt
+    python -m transfer.detect --preset quick --init out/quick/encoder.pt           # generated images, 2 CPU cores
+    torchrun --nproc_per_node=8 -m transfer.detect --preset ddae --data COCO --init out/ddae/encoder.pt
+    python -m transfer.detect --eval --data COCO --init out/detect/model.pt
+    python -m transfer.detect --predict photo.jpg --init out/detect/model.pt       # photo_detected.png beside model.pt
 """
 import contextlib
-import dataclasses
 import io
 import json
-import os
+import math
 import pickle
-from collections import OrderedDict
+import sys
+from collections import ChainMap
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,244 +51,191 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.checkpoint import checkpoint
-from torchvision import tv_tensors
+from torchvision import ops, tv_tensors
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import FeaturePyramidNetwork, generalized_box_iou_loss, masks_to_boxes, roi_align
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.models.detection import anchor_utils, faster_rcnn, mask_rcnn, roi_heads, rpn, transform
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import common
+import finetune
 from ddae import Block, ViT, init_weights, patchify, sincos_pos_embed
-from transfer.segment import SIZES, make_model, open_picture, palette, settle_places
+from shapes import Shapes
+from transfer import segment
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
-    data: str = "shapes"  # [ours] folder in COCO's layout, or shapes
-    init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or best.pt of this file; sizes are taken from it
-    out_dir: str = "out/detect"  # [ours] checkpoints, log, pictures; a run found there is continued; else --init's folder
-    eval: bool = False  # [ours] no training: AP of --init, or of out_dir's best.pt
-    predict: str = ""  # [ours] no training: boxes and masks on this picture with --init, or out_dir's best.pt
+    data: str = "shapes"  # [ours] folder in COCO's layout, or shapes (generated)
+    init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or model.pt of this file; sizes are taken from it
+    out_dir: str = "out/detect"  # [ours] checkpoints, log, and pictures; with --eval or --predict: --init's folder
+    eval: bool = False  # [ours] no training: AP of --init, by default out_dir's model.pt
+    predict: str = ""  # [ours] no training: draw what --init, by default out_dir's model.pt, finds in this picture
     style: Literal["taps", "vitdet"] = "taps"  # [SdAE; DeepMIM] see above
-    img_size: int = 800  # [SdAE] taps: longest shorter side, the longer is at most 5/3 of it; vitdet: side of the canvas
-    scale: tuple[float, ...] = (0.6, 1.0)  # [SdAE] range of random sizes, of img_size; taps: in steps of 1/25 of img_size
+    img_size: int = 800  # [SdAE] taps: largest shorter side, the longer is up to 5/3 of it; vitdet: side of the canvas
+    scale: tuple[float, ...] = (0.6, 1.0)  # [SdAE] range of random sizes, times img_size; taps: steps of img_size / 25
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    table: tuple[int, ...] = ()  # [code: CAE] rows, columns of the position table; none: 42 68; vitdet: as in --init
-    layer_scale: bool = False  # [code: CAE] with taps: a learnt factor, 1 at first, on each branch of a block
-    window: int = 14  # [code: ViTDet] with vitdet: side of the windows, in patches
-    drop_path: float = 0.2  # [code: CAE] largest share of samples that skip a branch of the last block
-    checkpointing: bool = False  # [code: CAE] compute blocks anew in the backward pass: less memory, more time
-    channels: int = 256  # [Mask R-CNN] width of pyramid and heads; fully connected layers have four times as many
-    box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"  # [code: CAE, ViTDet] layers between a region and its class and box
+    table: tuple[int, ...] = (42, 68)  # [code: CAE] rows and columns of the position table; --init's is resized to it
+    window: int = 14  # [code: ViTDet] vitdet: side of the windows, in patches
+    drop_path: float = 0.2  # [code: CAE] largest fraction of samples that skip a branch, in the last block
+    checkpointing: bool = False  # [code: CAE] recompute blocks in the backward pass: less memory, more time
+    channels: int = 256  # [Mask R-CNN] width of pyramid and heads; fully connected layers are four times as wide
+    box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"  # [code: CAE, ViTDet] layers between a region, its class, its box
     box_loss: Literal["giou", "l1"] = "giou"  # [code: CAE] 10 GIoU of decoded boxes, or L1 of offsets
-    proposals: tuple[int, ...] = (2000, 2000)  # [code: CAE] per level before NMS, per image after; at most 1000 in evaluation
-    regions: int = 512  # [Mask R-CNN] of them trained on per image, a quarter of them positive at most
-    num_classes: int = 0  # [ours] 0: as many as --data names
+    proposals: tuple[int, ...] = (2000, 2000)  # [code: CAE] per level before NMS, per image after; evaluation: <= 1000
+    regions: int = 512  # [Mask R-CNN] of them trained on per image, at most a quarter of them positive
+    num_classes: int = 0  # [ours] 0: as many as --data has
     epochs: int = 12  # [SdAE, AAAI] passes over the training images
     drops: tuple[float, ...] = (9.0, 11.0)  # [SdAE] epochs after which the learning rate falls to a tenth
-    warmup: int = 500  # [code: CAE] optimiser steps over which it rises from a thousandth
-    batch_size: int = 32  # [SdAE] images per optimiser step, over all processes
-    lr: float = 3e-4  # [SdAE] learning rate of the heads, as it is: no factor for the batch
+    warmup: int = 500  # [code: CAE] steps of linear warm-up from a thousandth
+    batch_size: int = 32  # [SdAE] images per optimizer step, over all processes
+    lr: float = 3e-4  # [SdAE] learning rate of the heads, not scaled by the batch size
     layer_decay: float = 0.75  # [SdAE, DeepMIM] factor from each layer to the one below
     weight_decay: float = 0.05  # [code: CAE] see above for what is not decayed
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: CAE, ViTDet] AdamW's two moments
-    eval_every: float = 1.0  # [ours] epochs between evaluations; the best model is kept in best.pt
-    eval_images: int = 0  # [ours] how many images of the validation set to take; 0: all
-    warmup_epochs, min_lr = 0.0, 0.0  # no flags
+    eval_every: float = 1.0  # [ours] epochs between evaluations; 0: never
+    eval_images: int = 0  # [ours] validation images to use; 0: all
 
     def __post_init__(self):
-        check = common.check
-        common.above(0, self, "img_size channels batch_size lr layer_decay regions window eval_every")
         super().__post_init__()
-        for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "warmup", "eval_images"):
-            check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        check(0 <= self.drop_path < 1, f"--drop_path must be in [0, 1), got {self.drop_path}")
-        check(self.layer_decay <= 1, f"--layer_decay must be at most 1, got {self.layer_decay}")
-        check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], f"--scale takes low and high, got {self.scale}")
-        for name, sizes in (("table", (0, 2)), ("proposals", (2,))):
-            values = getattr(self, name)
-            check(len(values) in sizes and min(values, default=1) > 0, f"--{name} takes 2 positive values, got {values}")
-        check(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas),
-              f"--adam_betas takes 2 values in [0, 1), got {self.adam_betas}")
-        check(self.style == "taps" or not self.layer_scale, "--layer_scale goes with --style taps")
-        p, D, heads = self.patch_size, self.embed_dim, self.num_heads
-        check(not p or self.style == "taps" or self.img_size % (4 * p) == 0, f"--img_size {self.img_size} is not divisible "
-              f"by the coarsest stride, 4 patches of {p} pixels; use {max(1, self.img_size // (4 * (p or 1))) * 4 * p}")
-        check(not p or p % 4 == 0, f"patches of {p} pixels are not divisible by 4, so the finest map has no whole stride")
-        check(not D or D % 4 == 0 and D % (heads or 1) == 0,
-              f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}")
+        assert self.drop_path < 1, f"--drop_path must be below 1, got {self.drop_path}"
+        assert len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "--scale takes low and high"
+        assert len(self.table) == len(self.proposals) == 2 and min(self.table + self.proposals) > 0, \
+            "--table and --proposals take two positive numbers each"
+        p, D, heads = self.patch_size or 4, self.embed_dim, self.num_heads or 1
+        assert p % 4 == 0, f"patches of {p} pixels are not divisible by 4, so the finest map would have no whole stride"
+        assert self.style == "taps" or self.img_size % (4 * p) == 0, \
+            f"--img_size {self.img_size} is not divisible by {4 * p}, the coarsest stride with patches of {p} pixels"
+        assert D % 4 == D % heads == 0, f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}"
 
 
-VITDET = dict(style="vitdet", img_size=1024, scale=(0.1, 2.0), box_loss="l1", proposals=(2000, 1000), epochs=100,
-              drops=(88.889, 96.296), warmup=250, lr=1e-4, weight_decay=0.1, drop_path=0.1, eval_every=10)
-RECIPES = {
+VITDET = dict(style="vitdet", img_size=1024, scale=(0.1, 2.0), table=(14, 14), box_loss="l1", proposals=(2000, 1000),
+              epochs=100, drops=(88.889, 96.296), warmup=250, lr=1e-4, weight_decay=0.1, drop_path=0.1, eval_every=10)
+PRESETS = {
     "ddae": dict(micro_batch=2),
     "sdae": dict(micro_batch=2),
-    "cae": dict(micro_batch=2, layer_scale=True),
     "deepmim": dict(VITDET, batch_size=16),
     "mae": dict(VITDET, batch_size=64, layer_decay=0.7),
-    "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0, channels=32,
-                  box_head="2fc", box_loss="l1", proposals=(200, 200), regions=32, epochs=1, drops=(0.2,), warmup=20,
-                  batch_size=8, lr=2e-3, layer_decay=0.9, max_steps=300, eval_every=0.24, eval_images=100, preview_every=0,
+    "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0,
+                  channels=32, box_head="2fc", box_loss="l1", proposals=(200, 200), regions=32, epochs=1, drops=(0.2,),
+                  warmup=20, batch_size=8, lr=2e-3, layer_decay=0.9, max_steps=300, eval_every=0.24, eval_images=100,
                   out_dir="out/quick_detect"),
 }
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+# source[i] -> PIL image, record: its line in the JSON file with its annotations, their masks as compressed RLE.
+# source.ids: category ids of the labels 1 to K.
 
 class Coco:
-    """COCO's folder layout: `record(i)` is an image's line of the JSON file with its annotations, `image(i)` RGB."""
+    """COCO's folder layout. Annotations without a usable box or mask are left out."""
 
     def __init__(self, root, split):
-        path, self.images = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
-        for part in (path, self.images):
-            if not part.exists():
-                common.fail(f"--data {part.absolute()} is missing; {root} must hold {split}2017/ and annotations/{path.name}")
+        path = root / "annotations" / f"instances_{split}2017.json"
         try:
-            file = json.loads(path.read_bytes())
-        except (ValueError, OSError) as error:
-            common.fail(f"--data {path.absolute()} is no readable JSON ({error}); is it whole?")
-        try:
-            self.read(file, split)
-        except ValueError as error:
-            common.fail(f"--data {path.absolute()}: {error}")
-        except (TypeError, KeyError, AttributeError) as error:  # a null or a string where a number or a list should be
-            common.fail(f"--data {path.absolute()} is no COCO file: {type(error).__name__}: {error}")
-
-    def read(self, file, split):
-        """Check everything that can be without opening an image; raises ValueError."""
-        check = common.check
-        check(isinstance(file, dict), "this is no COCO file, which is an object of images, annotations and categories")
-        for part, keys in (("images", "id file_name height width"), ("categories", "id name"),
-                           ("annotations", "image_id category_id bbox segmentation")):
-            check(isinstance(file.get(part), list), f"there is no list under '{part}'; give a file of COCO instances")
-            for i, entry in enumerate(file[part]):
-                missing = [k for k in keys.split() if not isinstance(entry, dict) or k not in entry]
-                check(not missing, f"entry {i} of '{part}' has no '{missing and missing[0]}'")
-        categories = sorted(file["categories"], key=lambda c: c["id"])
-        self.ids, self.classes = [c["id"] for c in categories], [str(c["name"]) for c in categories]
-        records = {im["id"]: dict({k: im[k] for k in ("id", "file_name", "height", "width")}, annotations=[])
-                   for im in file["images"]}
-        check(len(records) == len(file["images"]), "two images have the same id")
-        check(len(set(self.ids)) == len(self.ids), "two categories have the same id")
-        known, without = set(self.ids), []
-        for i, a in enumerate(file["annotations"]):
-            name = f"annotation {a.get('id', f'number {i}')}"
-            check(a["image_id"] in records, f"{name} is of image {a['image_id']}, which is not under 'images'; remove it")
-            check(a["category_id"] in known, f"{name} is of category {a['category_id']}, which is not under 'categories'; "
-                  "add that, or correct it")
-            check(len(a["bbox"]) == 4, f"{name} has a bbox of {len(a['bbox'])} numbers, not of x, y, width, height")
-            polygons = a["segmentation"] if isinstance(a["segmentation"], list) else [range(6)]
-            if not (any(len(p) >= 6 for p in polygons) and a["bbox"][2] > 0 and a["bbox"][3] > 0):
-                without.append(name)
-                continue
-            record = records[a["image_id"]]
-            a = {k: a.get(k, 0) for k in ("category_id", "bbox", "iscrowd", "segmentation", "area")}
-            try:
-                a["segmentation"] = to_rle(a["segmentation"], record)
-            except Exception as error:  # pycocotools raises nearly anything
-                check(False, f"{name} has a segmentation that is no polygon and no RLE of image {record['id']}: {error}")
-            a["area"] = a["area"] or float(rle.area(a["segmentation"]))
-            record["annotations"].append(a)
-        if without:
-            common.say(f"warning    {len(without)} annotations without width, height or mask are left out, e.g. {without[0]}")
-        there = set(os.listdir(self.images))
-        missing = [r["file_name"] for r in records.values()
-                   if r["file_name"] not in there and not (self.images / r["file_name"]).is_file()]
-        check(not missing, f"{len(missing)} of {len(records)} images are not in {self.images.absolute()}, "
-              f"e.g. {missing and missing[0]}")
-        kept = [r for r in records.values() if split != "train" or not all(a["iscrowd"] for a in r["annotations"])]
-        if len(kept) < len(records):
-            common.say(f"data       {len(records) - len(kept)} images without instances, or with crowds alone, are left out "
-                       "of training")
-        check(kept if split == "train" else any(r["annotations"] for r in kept), "there is nothing to train on or compare with")
-        # One array of bytes: dicts would be copied into every worker, reference by reference.
-        blobs = [pickle.dumps(r) for r in kept]
-        self.ends = np.cumsum([len(b) for b in blobs])
-        self.records = np.frombuffer(b"".join(blobs), np.uint8)
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco = COCO(path)
+            self.ids = sorted(coco.cats)
+            self.classes = [f"{i} {coco.cats[i]['name']}" for i in self.ids]  # with ids, so that resuming compares them
+            records = [{k: image[k] for k in ("id", "file_name", "height", "width")} for image in coco.imgs.values()]
+            for record in records:
+                annotations = [usable(a, record, self.ids) for a in coco.imgToAnns[record["id"]]]
+                record["annotations"] = [a for a in annotations if a]
+        except Exception as error:  # wrong types raise nearly anything
+            sys.exit(f"--data {path.absolute()}: missing or no COCO instances: {type(error).__name__}: {error}")
+        total, kept = len(coco.dataset.get("annotations", [])), sum(len(r["annotations"]) for r in records)
+        if kept < total:
+            common.print0(f"warning: {total - kept} of {total} annotations in {path} are left out: no usable box or "
+                          "mask, or an unknown category or image")
+        if split == "train":
+            records = [r for r in records if not all(a["iscrowd"] for a in r["annotations"])]
+        if not any(r["annotations"] for r in records):
+            sys.exit(f"--data {path.absolute()}: no image has a usable instance")
+        self.samples = [(str(root / f"{split}2017" / r["file_name"]),) for r in records]
+        # One array of bytes: reference counts would copy millions of small objects into every data worker.
+        blobs = [pickle.dumps(r) for r in records]
+        self.blob, self.ends = np.frombuffer(b"".join(blobs), np.uint8), np.cumsum([0, *map(len, blobs)])
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.samples)
 
-    def record(self, i):
-        return pickle.loads(self.records[self.ends[i - 1] if i else 0:self.ends[i]].tobytes())
-
-    def name(self, i):
-        return str(self.images / self.record(i)["file_name"])
-
-    def image(self, i):
-        record = self.record(i)
-        image = common.to_rgb(Image.open(self.images / record["file_name"]))
-        common.check(image.size == (record["width"], record["height"]), f"the file has {image.size[0]} x {image.size[1]} "
-                     f"pixels, the annotations {record['width']} x {record['height']}")
-        return image
+    def __getitem__(self, i):
+        return Image.open(self.samples[i][0]), pickle.loads(self.blob[self.ends[i]:self.ends[i + 1]].tobytes())
 
 
-class Figures(common.Shapes):
-    """Generated pictures as COCO records: each figure an instance, as far as it is seen."""
-    ids = range(1, 1 + len(common.Shapes.classes))
+class Stars(Shapes):
+    """Generated pictures. The visible part of each star is an instance."""
+    ids = range(1, 1 + len(Shapes.classes))
+    classes = [f"{i} {name}" for i, name in enumerate(Shapes.classes, 1)]
 
-    def figure(self, kind, u, v):
-        inside, texture = super().figure(kind, u, v)
-        self.drawn.append((kind, inside))  # in the order of painting; `item` returns no masks of instances
-        return inside, texture
-
-    def record(self, i):
-        self.drawn = []
-        self.item(i)
-        annotations, hidden = [], np.zeros((self.size, self.size), bool)
-        for kind, inside in reversed(self.drawn):
-            code, hidden = encode((inside & ~hidden)[None])[0], hidden | inside
-            if rle.area(code):
-                annotations.append(dict(category_id=kind + 1, bbox=rle.toBbox(code).tolist(), iscrowd=0, segmentation=code,
-                                        area=float(rle.area(code))))
-        return dict(id=i, height=self.size, width=self.size, annotations=annotations)
-
-    def image(self, i):
-        self.drawn = []
-        return super().image(i)
+    def __getitem__(self, i):
+        image, masks, labels = self.scene(i)
+        annotations = [dict(image_id=i, category_id=self.ids[label], bbox=rle.toBbox(code).tolist(), iscrowd=0,
+                            area=float(rle.area(code)), segmentation=code)
+                       for code, label in zip(encode(masks), labels) if rle.area(code)]
+        return Image.fromarray(image), dict(id=i, height=self.size, width=self.size, annotations=annotations)
 
 
 def open_scenes(cfg, split):
-    """The images and annotations of --data for `split`, "train" or "val": len, record(i), image(i), name(i), classes, ids."""
-    if cfg.data == "shapes":
-        return Figures(split, cfg.img_size)
-    if not Path(cfg.data).is_dir():
-        common.fail(f"--data {Path(cfg.data).absolute()} is not a folder; give one in COCO's layout, or shapes")
-    return Coco(Path(cfg.data), split)
+    """Images and annotations of --data for `split`, "train" or "val"."""
+    return Stars(split, cfg.img_size) if cfg.data == "shapes" else Coco(Path(cfg.data), split)
 
 
-def to_rle(segmentation, record):
-    """A mask as polygons, RLE or compressed RLE -> compressed RLE as JSON holds it."""
-    size = record["height"], record["width"]
+def usable(annotation, record, ids):
+    """Entry of the JSON file -> the same with its mask as compressed RLE; None for a wrong category, box, or mask."""
+    try:
+        ids.index(annotation["category_id"])
+        x, y, width, height = map(float, annotation["bbox"])
+        code = to_rle(annotation["segmentation"], record["height"], record["width"])
+        area = annotation.get("area") or float(rle.area(code))
+        good = width > 0 and height > 0 and math.isfinite(x + y + width + height)
+        return dict(annotation, segmentation=code, area=area, iscrowd=annotation.get("iscrowd", 0)) if good else None
+    except Exception:  # wrong types raise nearly anything
+        return None
+
+
+def to_rle(segmentation, H, W):
+    """Polygons, RLE, or compressed RLE -> compressed RLE as in JSON. Raises if it is no mask of H x W pixels."""
     if isinstance(segmentation, list):
         polygons = [p for p in segmentation if len(p) >= 6]  # three corners; pycocotools takes four numbers for a box
-        code = rle.merge(rle.frPyObjects(polygons, *size))
-    elif isinstance(segmentation["counts"], list):
-        code = rle.frPyObjects(segmentation, *size)
+        if not np.abs(np.concatenate(polygons)).max() < 4 * max(H, W):
+            raise ValueError("a corner far outside the image")  # pycocotools walks there, and runs out of memory
+        code = rle.merge(rle.frPyObjects(polygons, H, W))
     else:
-        code = segmentation
-    common.check(tuple(code["size"]) == size, f"its size is {code['size']}, the image's {list(size)}")
+        plain = isinstance(segmentation["counts"], list)
+        runs = segmentation["counts"] if plain else run_lengths(segmentation["counts"])
+        if list(segmentation["size"]) != [H, W] or min(runs) < 0 or sum(runs) != H * W:
+            raise ValueError("the runs do not fill the image")  # pycocotools would decode uninitialized memory
+        code = rle.frPyObjects(segmentation, H, W) if plain else segmentation
     counts = code["counts"]
-    return dict(size=list(size), counts=counts if isinstance(counts, str) else counts.decode())
+    return dict(size=[H, W], counts=counts if isinstance(counts, str) else counts.decode())
+
+
+def run_lengths(counts):
+    """Counts of a compressed RLE -> run lengths. [code: pycocotools, rleFrString]
+
+    5 bits per character, the lowest first, and a sixth if more follow; from the fourth on, differences from two before.
+    """
+    runs, value, shift = [], 0, 0
+    for byte in counts.encode():
+        bits = byte - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits >> 4 & 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return [-1] if shift else runs  # -1: cut off within a number
 
 
 def encode(masks):
@@ -301,22 +244,23 @@ def encode(masks):
     return [dict(code, counts=code["counts"].decode()) for code in codes]
 
 
-def targets(record, ids):
-    """Instances of a record, crowds left out -> boxes xyxy (n, 4), masks uint8 (n, H, W), labels (n,) from 1."""
+def instances(record, ids):
+    """Record -> what is trained on, no crowds: boxes xyxy (n, 4), masks uint8 (n, H, W), labels (n,) from 1."""
     things, size = [a for a in record["annotations"] if not a["iscrowd"]], (record["height"], record["width"])
     boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32).view(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    masks = rle.decode([a["segmentation"] for a in things]).transpose(2, 0, 1) if things else np.zeros((0, *size), np.uint8)
-    return dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-                masks=tv_tensors.Mask(np.ascontiguousarray(masks)),
+    masks = np.zeros((len(things), *size), np.uint8)
+    for mask, a in zip(masks, things):
+        mask[:] = rle.decode(a["segmentation"])
+    return dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size), masks=tv_tensors.Mask(masks),
                 labels=torch.tensor([ids.index(a["category_id"]) + 1 for a in things], dtype=torch.int64))
 
 
 class Scenes(common.Samples):
-    """The training pipeline by key (epoch, index) -> image uint8 (3, H, W), boxes, masks, labels, key, unreadable files."""
+    """Training samples by key (epoch, index)."""
 
     def __init__(self, source, cfg):
-        self.source, self.seed, self.S, self.style = source, cfg.seed, cfg.img_size, cfg.style
+        self.source, self.cfg = source, cfg
         S, (low, high) = cfg.img_size, cfg.scale
         if cfg.style == "taps":
             sides = list(range(round(S * low), round(S * high) + 1, max(1, S // 25)))
@@ -326,117 +270,97 @@ class Scenes(common.Samples):
         self.flip = v2.RandomHorizontalFlip()
         self.tidy = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
-    def draw(self, rng):
-        """All that is random about a sample comes from its own generator."""
-        return rng
+    def read(self, index):
+        """-> image uint8 (3, H, W), record."""
+        image, record = self.source[index]
+        size = record["width"], record["height"]
+        if image.size != size or max(size) > self.cfg.scale[0] * self.cfg.img_size * min(size):
+            raise ValueError(f"{image.size} pixels; the annotations say {size}, or one side is too short to be resized")
+        return common.to_rgb(image), record
 
-    def sample(self, index, rng):
-        img = tv_tensors.Image(v2.functional.pil_to_tensor(self.source.image(index)))  # (3, H, W)
-        target = targets(self.source.record(index), self.source.ids)
-        masks = target.pop("masks")
+    def sample(self, item, rng):
+        """-> image uint8 (3, h, w), what `instances` says of it; with style vitdet at most img_size x img_size."""
+        img, target = tv_tensors.Image(item[0]), instances(item[1], self.source.ids)
+        masks = target.pop("masks").as_subclass(torch.Tensor)
         img, target = self.resize(img, target)
-        masks = v2.functional.resize(masks.as_subclass(torch.Tensor), list(img.shape[1:]), InterpolationMode.NEAREST_EXACT)
+        masks = v2.functional.resize(masks, list(img.shape[1:]), InterpolationMode.NEAREST_EXACT)
         img, target = self.flip(img, dict(target, masks=tv_tensors.Mask(masks)))
-        if self.style == "vitdet":
-            (H, W), S = img.shape[1:], self.S
+        if self.cfg.style == "vitdet":
+            (H, W), S = img.shape[1:], self.cfg.img_size
             top, left = rng.integers(max(H - S, 0) + 1), rng.integers(max(W - S, 0) + 1)
             img, masks = img[:, top:top + S, left:left + S], target["masks"][:, top:top + S, left:left + S]
             seen = masks.flatten(1).any(1).bool()
-            boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # torchvision's end at the last pixel
+            boxes = ops.masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # torchvision's end at the last pixel
             target = dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=img.shape[1:]),
                           masks=tv_tensors.Mask(masks[seen]), labels=target["labels"][seen])
         target = self.tidy(target)
         return img.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k, v in target.items()}
 
+    def collate(self, batch):
+        """-> lists of images, which differ in size, and of their instances, and the unreadable files."""
+        samples, bad = zip(*batch)
+        return *map(list, zip(*samples)), dict(ChainMap(*bad))
+
 
 # --- backbone ---------------------------------------------------------------------------------------------------------
 
-class ScaledBlock(Block):
-    """Block with layer scale, 1 at first."""
-
-    def __init__(self, dim, num_heads, drop_path):
-        super().__init__(dim, num_heads, drop_path)
-        self.gamma_1, self.gamma_2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):  # (B, T, D)
-        x = x + self.drop(self.gamma_1 * self.attn(self.norm1(x)))
-        return x + self.drop(self.gamma_2 * self.mlp(self.norm2(x)))
-
-
 class WindowedBlock(Block):
-    """Block on a square grid of `side` x `side` tokens: attention within windows, or everywhere if window is 0.
+    """Block on a square grid of `side` x `side` tokens: attention within windows, or global if window is 0.
 
-    To the attention logits come query * (an offset's row and column vector), zero at first: decomposed relative position.
+    Attention logits get query * (row vector + column vector of the offset), initially 0: decomposed relative position.
     """
 
     def __init__(self, dim, num_heads, drop_path, side, window):
         super().__init__(dim, num_heads, drop_path)
-        self.num_heads, self.side, self.window = num_heads, side, window if 0 < window < side else side
+        self.side, self.window = side, window if 0 < window < side else side
         for name in ("rel_pos_h", "rel_pos_w"):
             self.register_parameter(name, nn.Parameter(torch.zeros(2 * self.window - 1, dim // num_heads)))
 
-    def attend(self, x):
-        """Attention of all tokens in (B, n, n, D), n the side of a window, with one another -> the same shape."""
-        B, n, _, D = x.shape
-        q, k, v = self.attn.qkv(x).reshape(B, n * n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n*n, d) each
+    def attend(self, x):  # (B, side * side, D)
+        (B, _, D), n, side = x.shape, self.window, self.side
+        count = -(-side // n)  # windows per side; the last are padded with zeros, which are attended to
+        padding = count * n - side
+        x = F.pad(x.view(B, side, side, D), (0, 0, 0, padding, 0, padding))
+        x = x.view(B, count, n, count, n, D).transpose(2, 3).reshape(-1, n * n, D)  # (B * windows, n*n, D)
+        q, k, v = self.attn.qkv(x).reshape(len(x), n * n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # heads first
         offset = torch.arange(n, device=x.device)
-        offset = offset[:, None] - offset + n - 1  # (n, n): query less key
+        offset = offset[:, None] - offset + n - 1  # (n, n): query - key
         grid = q.unflatten(2, (n, n))
         rows = torch.einsum("bhyxd,yjd->bhyxj", grid, self.rel_pos_h[offset].to(q.dtype))
         cols = torch.einsum("bhyxd,xjd->bhyxj", grid, self.rel_pos_w[offset].to(q.dtype))
-        bias = (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(4).flatten(2, 3)  # (B, heads, n*n, n*n)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.attn.proj(x.transpose(1, 2).reshape(B, n, n, D))
-
-    def forward(self, x):  # (B, side * side, D)
-        (B, _, D), n = x.shape, self.window
-        y = self.norm1(x).view(B, self.side, self.side, D)
-        count = -(-self.side // n)  # windows along a side; those at the end are filled up with zeros, which take part
-        y = F.pad(y, (0, 0, 0, count * n - self.side, 0, count * n - self.side))
-        y = y.view(B, count, n, count, n, D).transpose(2, 3).reshape(-1, n, n, D)
-        y = self.attend(y).view(B, count, count, n, n, D).transpose(2, 3).reshape(B, count * n, count * n, D)
-        x = x + self.drop(y[:, :self.side, :self.side].reshape(x.shape))
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-
-def resize_table(table, old, new):
-    """`common.resize_pos_embed` for a table (1, 1 + h*w, D) of any grid (h, w), not square ones alone."""
-    if tuple(old) == tuple(new):
-        return table
-    rows = table[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, h, w)
-    rows = F.interpolate(rows, new, mode="bicubic", align_corners=False)
-    return torch.cat((table[:, :1], rows.flatten(2).transpose(1, 2)), 1)
+        bias = (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(4).flatten(2, 3)  # (B * windows, heads, n*n, n*n)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(x.shape)
+        x = self.attn.proj(x).view(B, count, count, n, n, D).transpose(2, 3).reshape(B, count * n, count * n, D)
+        return x[:, :side, :side].reshape(B, -1, D)
 
 
 class Backbone(ViT):
-    """The shared ViT for detection: four taps as maps, or with style vitdet, where [CLS] is no more, the last map alone."""
+    """The shared ViT -> maps of four taps; with style vitdet, which has no [CLS], of the last block alone."""
 
-    def __init__(self, style, img_size, table, patch_size, embed_dim, depth, num_heads, drop_path=0.0, layer_scale=False,
-                 window=14, checkpointing=False):
-        super().__init__(patch_size, patch_size, embed_dim, depth, num_heads, drop_path)
-        self.grid, self.checkpointing = tuple(table), checkpointing
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, table), requires_grad=style == "vitdet")
+    def __init__(self, cfg):
+        D, depth, heads, p, vitdet = cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.patch_size, cfg.style == "vitdet"
+        super().__init__(p, p, D, depth, heads, cfg.drop_path)
+        self.grid, self.checkpointing = tuple(cfg.table), cfg.checkpointing
+        self.pos_embed = nn.Parameter(sincos_pos_embed(D, self.grid), requires_grad=vitdet)
         del self.norm  # the maps do not pass it
-        rates = [block.drop_path for block in self.blocks]
-        if style == "vitdet":
+        self.taps = [depth] if vitdet else [max(1, round(depth * tap / 12)) for tap in (4, 6, 8, 12)]
+        if vitdet:
             del self.cls_token
             everywhere = [max(1, round(depth * i / 4)) - 1 for i in (1, 2, 3, 4)]
-            self.taps = [depth]
-            self.blocks = nn.ModuleList(WindowedBlock(embed_dim, num_heads, rate, img_size // patch_size, window * (
-                i not in everywhere)) for i, rate in enumerate(rates)).apply(init_weights)
-        else:
-            self.taps = [max(1, round(depth * tap / 12)) for tap in (4, 6, 8, 12)]
-            if layer_scale:
-                self.blocks = nn.ModuleList(ScaledBlock(embed_dim, num_heads, rate) for rate in rates).apply(init_weights)
+            windows = [0 if i in everywhere else cfg.window for i in range(depth)]
+            self.blocks = nn.ModuleList(WindowedBlock(D, heads, block.drop_path, cfg.img_size // p, window)
+                                        for block, window in zip(self.blocks, windows)).apply(init_weights)
 
     def forward(self, imgs):
-        """imgs (B, 3, H, W), H and W multiples of the patch -> maps (B, D, h, w)."""
-        p = self.patch_size
+        """imgs (B, 3, H, W), H and W multiples of the patch size -> maps (B, D, h, w)."""
+        p, cls, pos = self.patch_size, self.pos_embed[:, :1], self.pos_embed[:, 1:]  # (1, 1, D), (1, N, D)
         grid = (imgs.shape[2] // p, imgs.shape[3] // p)
-        pos = resize_table(self.pos_embed, self.grid, grid)
-        x = self.patch_embed(patchify(imgs, p)) + pos[:, 1:]  # (B, N, D)
+        if grid != self.grid:
+            pos = pos.transpose(1, 2).unflatten(2, self.grid)  # (1, D, rows, columns)
+            pos = F.interpolate(pos, grid, mode="bicubic").flatten(2).transpose(1, 2)  # (1, h*w, D)
+        x = self.embed(patchify(imgs, p)) + pos  # (B, N, D)
         if hasattr(self, "cls_token"):
-            x = torch.cat(((self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x), 1)  # (B, 1 + N, D)
+            x = torch.cat(((self.cls_token + cls).expand(len(x), -1, -1), x), 1)  # (B, 1 + N, D)
         outputs = []
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
@@ -451,147 +375,134 @@ norm_2d = partial(LayerNorm2d, eps=1e-6)
 class TapPyramid(nn.Module):
     """Four taps -> the four scales -> torchvision's FPN -> five maps (B, C, h, w) by name."""
 
-    def __init__(self, embed_dim, channels):
+    def __init__(self, D, C):
         super().__init__()
-        D = embed_dim
         self.scales = nn.ModuleList([
             nn.Sequential(nn.ConvTranspose2d(D, D, 2, 2), nn.BatchNorm2d(D), nn.GELU(), nn.ConvTranspose2d(D, D, 2, 2)),
             nn.ConvTranspose2d(D, D, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
-        self.fpn = FeaturePyramidNetwork([D] * 4, channels, LastLevelMaxPool())
+        self.fpn = ops.FeaturePyramidNetwork([D] * 4, C, ops.feature_pyramid_network.LastLevelMaxPool())
 
     def forward(self, taps):
-        return self.fpn(OrderedDict((str(i), scale(tap)) for i, (scale, tap) in enumerate(zip(self.scales, taps))))
+        return self.fpn({str(i): scale(tap) for i, (scale, tap) in enumerate(zip(self.scales, taps))})
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: the last map -> four scales, each by itself -> five maps (B, C, h, w) by name."""
+    """ViTDet's: the last map -> four scales, independent of each other -> five maps (B, C, h, w) by name."""
 
-    def __init__(self, embed_dim, channels):
+    def __init__(self, D, C):
         super().__init__()
-        D, C = embed_dim, channels
-        scales = [[nn.ConvTranspose2d(D, D // 2, 2, 2), norm_2d(D // 2), nn.GELU(), nn.ConvTranspose2d(D // 2, D // 4, 2, 2)],
-                  [nn.ConvTranspose2d(D, D // 2, 2, 2)], [], [nn.MaxPool2d(2)]]
-        self.levels = nn.ModuleList(nn.Sequential(
-            *scale, nn.Conv2d(width, C, 1, bias=False), norm_2d(C), nn.Conv2d(C, C, 3, padding=1, bias=False), norm_2d(C))
+        half, quarter = nn.ConvTranspose2d(D, D // 2, 2, 2), nn.ConvTranspose2d(D // 2, D // 4, 2, 2)
+        again = nn.ConvTranspose2d(D, D // 2, 2, 2)
+        scales = [half, norm_2d(D // 2), nn.GELU(), quarter], [again], [], [nn.MaxPool2d(2)]
+        self.levels = nn.ModuleList(
+            nn.Sequential(*scale, nn.Conv2d(width, C, 1, bias=False), norm_2d(C),
+                          nn.Conv2d(C, C, 3, padding=1, bias=False), norm_2d(C))
             for scale, width in zip(scales, (D // 4, D // 2, D, D)))
 
     def forward(self, taps):
         maps = [level(taps[0]) for level in self.levels]
-        return OrderedDict(zip(("0", "1", "2", "3", "pool"), (*maps, F.max_pool2d(maps[-1], 1, 2))))
+        return dict(zip(("0", "1", "2", "3", "pool"), (*maps, F.max_pool2d(maps[-1], 1, 2))))
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
 
-class RegionPool(nn.Module):
-    """Aligned RoIAlign of boxes at the level their size calls for; strides are `patch_size` / 4, / 2, x 1 and x 2."""
+def region_pool(maps, boxes, image_sizes, size, patch_size):
+    """Aligned RoIAlign of boxes, each at the level for its size: maps by name, per image (n, 4) -> (n, C, size, size).
 
-    def __init__(self, size, patch_size):
-        super().__init__()
-        self.size, self.patch_size = size, patch_size
-
-    def forward(self, maps, boxes, image_sizes):
-        """maps by name, boxes: per image (n, 4) -> (all n, C, size, size)."""
-        rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # (n, 5): number of the image, box
-        side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-        levels = (side / (14 * self.patch_size) + 1e-8).log2().floor().add(2).clamp(0, 3)  # 224 of 16-pixel patches: 2
-        pooled = rois.new_zeros(len(rois), maps["0"].shape[1], self.size, self.size)
-        for level in range(4):
-            here = torch.where(levels == level)[0]
-            pooled[here] = roi_align(maps[str(level)], rois[here], self.size, 2 ** (2 - level) / self.patch_size, 0, True)
-        return pooled
+    torchvision's MultiScaleRoIAlign is not aligned: it reads half a pixel of the map away.
+    """
+    rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # (n, 5): number of the image, box
+    side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
+    levels = (side / (14 * patch_size) + 1e-8).log2().floor().add(2).clamp(0, 3)  # level 2 from 14 patches on
+    pooled = rois.new_zeros(len(rois), maps["0"].shape[1], size, size)
+    for level in range(4):
+        here, scale = torch.where(levels == level)[0], 2 ** (2 - level) / patch_size
+        pooled[here] = ops.roi_align(maps[str(level)], rois[here], size, scale, aligned=True)
+    return pooled
 
 
 def mask_targets(masks, boxes, index=None, size=28):
-    """What of masks (m, H, W) lies in boxes (n, 4), as shares in [0, 1]; index (n,) tells whose mask -> (n, size, size)."""
+    """Part of masks (m, H, W) in boxes (n, 4), fractions in [0, 1]; index (n,): whose mask -> (n, size, size)."""
     index = torch.arange(len(boxes), device=boxes.device) if index is None else index
     rois = torch.cat((index[:, None].to(boxes), boxes), 1)
-    return roi_align(masks[:, None].float(), rois, size, 1.0, 0, True)[:, 0]
+    return ops.roi_align(masks[:, None].float(), rois, size, 1.0, 0, True)[:, 0]
 
 
 def paste(masks, boxes, size):
-    """Put masks (n, 28, 28) of probabilities where their boxes (n, 4) lie in an image of (H, W) -> bool (n, H, W)."""
+    """Put masks (n, 28, 28) of probabilities into their boxes (n, 4) in an image of (H, W) -> bool (n, H, W)."""
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     step = max(1, 2 ** 24 // (size[0] * size[1]))  # at most 200 MB at a time
     for i in range(0, len(masks), step):
         left, top, right, bottom = boxes[i:i + step].T[..., None]  # (n, 1) each
-        y = (torch.arange(size[0], device=boxes.device) + 0.5 - top) / (bottom - top) * 2 - 1  # (n, H): pixel centres, -1 to 1
+        y = (torch.arange(size[0], device=boxes.device) + 0.5 - top) / (bottom - top) * 2 - 1  # (n, H), -1 to 1
         x = (torch.arange(size[1], device=boxes.device) + 0.5 - left) / (right - left) * 2 - 1  # (n, W)
-        grid = torch.stack((x[:, None].expand(-1, size[0], -1), y[..., None].expand(-1, -1, size[1])), -1)  # (n, H, W, 2)
+        grid = torch.stack((x[:, None].expand(-1, size[0], -1), y[..., None].expand(-1, -1, size[1])), -1)
         pasted[i:i + step] = F.grid_sample(masks[i:i + step, None], grid, align_corners=False)[:, 0] >= 0.5
     return pasted
 
 
-class Heads(RoIHeads):
-    """torchvision's RoIHeads with another box loss, and masks that stay where they are."""
+class Heads(roi_heads.RoIHeads):
+    """torchvision's RoIHeads with other losses of boxes and masks."""
     box_loss = "l1"
 
     def forward(self, maps, proposals, image_sizes, targets=None):
-        """-> per image boxes, labels, scores, masks (n, 28, 28) of probabilities, and {}; in training [] and the losses."""
-        if self.training:
-            proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
-        logits, regressed = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals, image_sizes)))
+        """-> per image boxes, labels, scores, masks (n, 1, 28, 28), and {}; in training [] and losses by name."""
         if not self.training:
-            found = [dict(zip(("boxes", "scores", "labels"), f)) for f in zip(
-                *self.postprocess_detections(logits, regressed, proposals, image_sizes))]
-            masks = self.masks(maps, [f["boxes"] for f in found], image_sizes, torch.cat([f["labels"] for f in found]))
-            for f, m in zip(found, masks.sigmoid().split([len(f["boxes"]) for f in found])):
-                f["masks"] = m
-            return found, {}
+            return super().forward(maps, proposals, image_sizes)
+        proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
+        logits, regressed = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals, image_sizes)))
         losses = self.box_losses(logits, regressed, torch.cat(proposals), torch.cat(labels), torch.cat(offsets))
         positive = [torch.where(y > 0)[0] for y in labels]
-        boxes = [b[i] for b, i in zip(proposals, positive)]
-        predicted = self.masks(maps, boxes, image_sizes, torch.cat([y[i] for y, i in zip(labels, positive)]))  # (n, 28, 28)
-        true = [mask_targets(t["masks"], b, m[i]) for t, m, i, b in zip(targets, matched, positive, boxes) if len(i)]
-        losses["loss/mask"] = (F.binary_cross_entropy_with_logits(predicted, torch.cat(true)) if true
-                               else 0 * predicted.sum())
+        boxes, matched, labels = ([x[i] for x, i in zip(xs, positive)] for xs in (proposals, matched, labels))
+        pred = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes, image_sizes)))  # (n, K + 1, 28, 28)
+        pred = pred[torch.arange(len(pred), device=pred.device), torch.cat(labels)]  # (n, 28, 28)
+        true = [mask_targets(t["masks"], b, m) for t, b, m in zip(targets, boxes, matched) if len(b)]
+        losses["loss/mask"] = F.binary_cross_entropy_with_logits(pred, torch.cat(true)) if true else 0 * pred.sum()
         return [], losses
 
-    def masks(self, maps, boxes, image_sizes, labels):
-        """Logits of the masks of labels (n,) in boxes, n over all images -> (n, 28, 28)."""
-        logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes, image_sizes)))  # (n, K + 1, 28, 28)
-        return logits[torch.arange(len(labels), device=labels.device), labels]
-
     def box_losses(self, logits, regressed, boxes, labels, offsets):
-        """logits (n, K + 1), regressed (n, 4K + 4), boxes (n, 4), labels (n,), offsets (n, 4) from boxes to the true ones."""
+        """logits (n, K + 1), regressed (n, 4K + 4), labels (n,), offsets (n, 4) from boxes (n, 4) to the true ones."""
         rows = torch.where(labels > 0)[0]
         regressed, offsets, boxes = regressed.unflatten(1, (-1, 4))[rows, labels[rows]], offsets[rows], boxes[rows]
         if self.box_loss == "l1":
             loss = F.l1_loss(regressed, offsets, reduction="sum")
         else:
-            loss = 10 * generalized_box_iou_loss(self.box_coder.decode_single(regressed, boxes),
-                                                 self.box_coder.decode_single(offsets, boxes), reduction="sum")
+            pred, true = (self.box_coder.decode_single(x, boxes) for x in (regressed, offsets))
+            loss = 10 * ops.generalized_box_iou_loss(pred, true, reduction="sum")
         return {"loss/class": F.cross_entropy(logits, labels), "loss/box": loss / len(labels)}
 
 
 class MaskRCNN(nn.Module):
-    """Backbone, pyramid, torchvision's RPN and the heads; arguments as in `Config`."""
+    """Backbone, pyramid, torchvision's RPN, and the heads."""
 
-    def __init__(self, style="taps", img_size=800, table=(42, 68), patch_size=16, embed_dim=768, depth=12, num_heads=12,
-                 drop_path=0.2, layer_scale=False, window=14, checkpointing=False, channels=256, box_head="4conv1fc",
-                 box_loss="giou", proposals=(2000, 2000), regions=512, num_classes=80):
+    def __init__(self, cfg):
         super().__init__()
-        C, K, S, vitdet = channels, num_classes, img_size, style == "vitdet"
-        self.backbone = Backbone(style, img_size, table, patch_size, embed_dim, depth, num_heads, drop_path, layer_scale,
-                                 window, checkpointing)
-        self.pyramid = (SimplePyramid if vitdet else TapPyramid)(embed_dim, C)
-        # Images come normalised and, in training, resized. The divisor keeps strides whole: torchvision divides sizes to
-        # find them, and of 800 rows, which are 13 in the coarsest map, it would make 61 instead of 64.
-        self.transform = GeneralizedRCNNTransform(S, S if vitdet else S * 5 // 3, [0.0] * 3, [1.0] * 3, _skip_resize=True,
-                                                  size_divisible=S if vitdet else 4 * patch_size)
-        anchors = AnchorGenerator(tuple((2 * patch_size * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
-        self.rpn = RegionProposalNetwork(
-            anchors, RPNHead(C, 3, conv_depth=2 if vitdet else 1), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
-            batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
-            pre_nms_top_n=dict(training=proposals[0], testing=min(1000, proposals[0])),
-            post_nms_top_n=dict(training=proposals[1], testing=min(1000, proposals[1])))
-        norm = norm_2d if vitdet else nn.BatchNorm2d
+        C, K, S, p, vitdet = cfg.channels, cfg.num_classes, cfg.img_size, cfg.patch_size, cfg.style == "vitdet"
+        self.backbone = Backbone(cfg)
+        self.pyramid = (SimplePyramid if vitdet else TapPyramid)(cfg.embed_dim, C)
+        # Images come normalized and, in training, resized. The divisor keeps strides whole: torchvision divides sizes
+        # to find them, and 800 rows, which are 13 in the coarsest map, would give 61 instead of 64.
+        self.transform = transform.GeneralizedRCNNTransform(
+            S, S if vitdet else S * 5 // 3, [0.0] * 3, [1.0] * 3, _skip_resize=True,
+            size_divisible=S if vitdet else 4 * p)
+        anchors = anchor_utils.AnchorGenerator(tuple((2 * p * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        before, after = (dict(training=n, testing=min(1000, n)) for n in cfg.proposals)  # NMS
+        self.rpn = rpn.RegionProposalNetwork(
+            anchors, rpn.RPNHead(C, 3, conv_depth=2 if vitdet else 1), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
+            batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n=before, post_nms_top_n=after, nms_thresh=0.7)
+        box_norm, mask_norm = (norm_2d, norm_2d) if vitdet else (nn.BatchNorm2d, None)
+        if cfg.box_head == "2fc":
+            box_head = faster_rcnn.TwoMLPHead(49 * C, 4 * C)
+        else:
+            box_head = faster_rcnn.FastRCNNConvFCHead((C, 7, 7), [C] * 4, [4 * C], box_norm)
         self.heads = Heads(
-            RegionPool(7, patch_size), FastRCNNConvFCHead((C, 7, 7), [C] * 4, [4 * C], norm) if box_head == "4conv1fc"
-            else TwoMLPHead(49 * C, 4 * C), FastRCNNPredictor(4 * C, K + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
-            batch_size_per_image=regions, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5,
-            detections_per_img=100, mask_roi_pool=RegionPool(14, patch_size),
-            mask_head=MaskRCNNHeads(C, [C] * 4, 1, norm_2d if vitdet else None), mask_predictor=MaskRCNNPredictor(C, C, K + 1))
-        self.heads.box_loss = box_loss
+            partial(region_pool, size=7, patch_size=p), box_head, faster_rcnn.FastRCNNPredictor(4 * C, K + 1),
+            mask_roi_pool=partial(region_pool, size=14, patch_size=p),
+            mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1, mask_norm),
+            mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, K + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+            batch_size_per_image=cfg.regions, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
+            nms_thresh=0.5, detections_per_img=100)
+        self.heads.box_loss = cfg.box_loss
         for layer, std in ((self.heads.box_predictor.cls_score, 0.01), (self.heads.box_predictor.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -601,11 +512,10 @@ class MaskRCNN(nn.Module):
         images, targets = self.transform(imgs, targets)
         maps = self.pyramid(self.backbone(images.tensors))
         with torch.autocast(images.tensors.device.type, enabled=False):
-            maps = OrderedDict((name, x.float()) for name, x in maps.items())
-            proposals, rpn = self.rpn(images, maps, targets)
+            maps = {name: x.float() for name, x in maps.items()}
+            proposals, rpn_losses = self.rpn(images, maps, targets)
             found, losses = self.heads(maps, proposals, images.image_sizes, targets)
-        if rpn:
-            losses = {"loss/objectness": rpn["loss_objectness"], "loss/proposal": rpn["loss_rpn_box_reg"]} | losses
+        losses = {f"loss/{k.removeprefix('loss_')}": v for k, v in rpn_losses.items()} | losses
         return found, losses, images.image_sizes
 
     def forward(self, imgs, targets):
@@ -615,52 +525,50 @@ class MaskRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, imgs):
-        """imgs: list of (3, H, W) of any size -> per image boxes (n, 4) in its pixels, labels, scores, masks (n, 28, 28)."""
+        """imgs: list of (3, H, W) -> per image boxes (n, 4) in its pixels, labels, scores, masks (n, 28, 28)."""
         found, _, sizes = self.run(imgs)
         for f, size, img in zip(found, sizes, imgs):
-            f["boxes"] = resize_boxes(f["boxes"], size, img.shape[1:])
+            f["boxes"], f["masks"] = transform.resize_boxes(f["boxes"], size, img.shape[1:]), f["masks"][:, 0]
         return found
 
     def preview(self, imgs, targets):
-        """Panels for preview.png: images, true instances, and what the model finds, of scores above a half."""
-        panels = {"image": [], "instances": [], "prediction": []}
-        size = [max(img.shape[i] for img in imgs) for i in (1, 2)]
+        """Panels for preview.png: images, true instances, and detections."""
+        panels, size = {"image": [], "instances": [], "prediction": []}, [max(x) for x in zip(*(i.shape for i in imgs))]
         mean, std = common.mean_std(imgs[0].device)
         for img, target, found in zip(imgs, targets, self.detect(imgs)):
-            sure = {k: v[found["scores"] > 0.5] for k, v in found.items()}
-            sure["masks"] = paste(sure["masks"], sure["boxes"], img.shape[1:])
-            raw = ((img * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-            for panel, x in zip(panels.values(), (raw, *(paint(raw, f) for f in (target, sure)))):
-                panel.append(F.pad(common.normalise(x, img.device), (0, size[1] - x.shape[2], 0, size[0] - x.shape[1])))
+            raw = (img * std + mean).clamp(0, 1)
+            for panel, x in zip(panels.values(), (raw, paint(raw, target), paint(raw, found))):
+                panel.append(F.pad((x - mean) / std, (0, size[2] - x.shape[2], 0, size[1] - x.shape[1])))
         return {title: torch.stack(panel) for title, panel in panels.items()}
 
 
-def paint(img, found, texts=None):
-    """Boxes and masks (n, H, W) over an image uint8 (3, H, W), a colour per label, with a text at each box -> such an image."""
+def paint(img, found, classes=None):
+    """Draw instances, or detections of scores above a half, with names if given, over an image (3, H, W) -> image."""
+    from matplotlib.font_manager import findfont
+    if "scores" in found:
+        found = {k: v[found["scores"] > 0.5] for k, v in found.items()}
+        found["masks"] = paste(found["masks"], found["boxes"], img.shape[1:])
     if not len(found["boxes"]):
         return img
-    colours = [tuple(palette(254)[(y - 1) % 254].tolist()) for y in found["labels"].tolist()]
-    for mask, colour in zip(found["masks"].bool().flip(0), colours[::-1]):  # the surest last; all at once, overlaps stay bare
-        img = torchvision.utils.draw_segmentation_masks(img, mask, 0.5, colour)
-    font = {}
-    if texts:
-        from matplotlib.font_manager import findfont  # its own font is there everywhere
-        font = dict(labels=texts, font=findfont("DejaVu Sans"), font_size=14, label_colors="white", fill_labels=True)
-    return torchvision.utils.draw_bounding_boxes(img, found["boxes"], colors=colours, width=1 + img.shape[1] // 400, **font)
+    labels = found["labels"].tolist()
+    colors = [tuple(segment.palette(254)[(y - 1) % 254].tolist()) for y in labels]
+    for mask, color in reversed(list(zip(found["masks"].bool(), colors))):  # the surest on top
+        img = draw_segmentation_masks(img, mask, 0.5, color)
+    names = [classes[y - 1].partition(" ")[2] for y in labels] if classes else None  # without the category id
+    return draw_bounding_boxes(img, found["boxes"], names, colors, width=1 + img.shape[1] // 400, fill_labels=True,
+                               font=findfont("DejaVu Sans"), font_size=14, label_colors="white" if names else None)
 
 
-# --- optimiser and schedule -------------------------------------------------------------------------------------------
+# --- optimizer and schedule -------------------------------------------------------------------------------------------
 
 def make_optimizer(model, cfg):
-    """AdamW with a rate per layer; what is decayed is each style's published choice."""
-    layers = partial(common.layer_groups, model, "backbone.", cfg.depth, cfg.layer_decay)
-    if cfg.style == "taps":
-        groups = layers(cfg.weight_decay, skip=())
-    else:  # the type itself: ViTDet's own norm over channels is not in the list of norms of the published code
-        spared = {p for m in model.modules() if type(m) is nn.LayerNorm for p in m.parameters()} | {model.backbone.pos_embed}
-        groups = [dict(group, params=params, weight_decay=decay) for group in layers(0.0) for params, decay in (
-            ([p for p in group["params"] if p in spared], 0.0),
-            ([p for p in group["params"] if p not in spared], cfg.weight_decay)) if params]
+    """AdamW with layer-wise learning rates. What is decayed is each style's published choice."""
+    groups = finetune.layer_groups(model, "backbone.", cfg.depth, cfg.layer_decay, cfg.weight_decay, skip=())
+    if cfg.style == "vitdet":  # the published code decays the norms of pyramid and heads, which are of a subclass
+        norms = [m for m in model.modules() if type(m) is nn.LayerNorm]
+        spared = {model.backbone.pos_embed, *(p for m in norms for p in m.parameters())}
+        groups = [dict(group, params=[p], weight_decay=0.0 if p in spared else cfg.weight_decay)
+                  for group in groups for p in group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
 
 
@@ -673,160 +581,81 @@ def learning_rate(step, steps_per_epoch, cfg):
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 def results(found, record, ids):
-    """Detections of an image, with pasted masks (n, H, W) -> bbox and segm entries in COCO's format.
+    """Detections in an image, with pasted masks (n, H, W) -> bbox and segm entries in COCO's format.
 
     Two lists: given both, pycocotools takes the box's area for the mask's.
     """
-    boxes = found["boxes"].cpu().double()
-    boxes[:, 2:] -= boxes[:, :2]  # x, y, width, height
+    boxes = ops.box_convert(found["boxes"].cpu().double(), "xyxy", "xywh")
     entries = [dict(image_id=record["id"], category_id=ids[y - 1], score=s) for y, s in zip(
         found["labels"].tolist(), found["scores"].tolist())]
     return ([dict(e, bbox=b) for e, b in zip(entries, boxes.tolist())],
             [dict(e, segmentation=m) for e, m in zip(entries, encode(found["masks"].cpu()) if entries else [])])
 
 
-def average_precision(records, source, entries, kind):
-    """pycocotools' twelve figures of kind bbox or segm: AP, AP50, AP75, small, medium, large, and six recalls."""
-    if not entries:
-        return [0.0] * 12
-    annotations = [dict(a, image_id=r["id"]) for r in records for a in r["annotations"]]
-    truth = COCO()
-    truth.dataset = dict(images=[{k: r[k] for k in ("id", "height", "width")} for r in records],
-                         annotations=[dict(a, id=i + 1) for i, a in enumerate(annotations)],  # 0 would be "no match"
-                         categories=[dict(id=i, name=name) for i, name in zip(source.ids, source.classes)])
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        measure = COCOeval(truth, truth.loadRes(entries), kind)
-        measure.evaluate()
-        measure.accumulate()
-        measure.summarize()
-    return measure.stats.tolist()
+def average_precision(found, source):
+    """Records with their bbox and segm entries -> pycocotools' APs by name, in percent."""
+    metrics = dict(APb=0.0, APb50=0.0, APm=0.0, APm50=0.0, val_images=len(found))
+    annotations, truth = [a for record, *_ in found for a in record["annotations"]], COCO()
+    truth.dataset = dict(images=[record for record, *_ in found], categories=[dict(id=i) for i in source.ids],
+                         annotations=[dict(a, id=i) for i, a in enumerate(annotations, 1)])  # 0 would mean "no match"
+    for j, (kind, name) in enumerate((("bbox", "APb"), ("segm", "APm")), 1):
+        entries = [e for item in found for e in item[j]]
+        if not entries:
+            return metrics
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
+            measure = COCOeval(truth, truth.loadRes(entries), kind)
+            measure.evaluate()
+            measure.accumulate()
+            measure.summarize()
+        for part, value in zip(("", "50", "/75", "/small", "/medium", "/large"), measure.stats.tolist()):
+            if value >= 0:  # else there are no such instances
+                metrics[name + part] = 100 * value
+    return metrics
 
 
-def evaluation(cfg, source):
-    """The `evaluate` that `common.train` calls: AP over `source`; out_dir/results_{bbox,segm}.json are what it is of.
-
-    Images that cannot be read are named and left out; `val_images` counts the others.
-    """
-    n = min(cfg.eval_images or len(source), len(source))
-    records = [source.record(i) for i in range(n)] if common.RANK == 0 else []
-
-    def evaluate(model, device, autocast, due):
-        if not due(cfg.eval_every):
-            return {}
-        if dist.is_initialized():  # on CPU batch statistics differ between processes; the first one's are those saved
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        mine = []
-        for i in range(n)[common.RANK::common.WORLD]:
-            try:
-                img = v2.functional.pil_to_tensor(source.image(i))
-            except Exception as error:  # broken files raise nearly anything
-                common.complain_of(source.name(i), f"{type(error).__name__}: {error}")
-                continue
-            with autocast:
-                found = model.detect([common.normalise(img, device)])[0]
-            found["masks"] = paste(found["masks"], found["boxes"], img.shape[1:])
-            mine.append((i, *results(found, source.record(i), source.ids)))
-        everything = sorted(sum(common.gather(mine), []), key=lambda item: item[0])
-        if not everything:
-            common.fail(f"--data {cfg.data}: none of the {n} validation images could be read, e.g. {source.name(0)}")
-        figures = measure(everything) if common.RANK == 0 else None
-        return common.gather(figures)[0]
-
-    def measure(everything):
-        figures, rest, seen = {}, {}, [records[i] for i, *_ in everything]
-        for j, (kind, name) in enumerate((("bbox", "APb"), ("segm", "APm")), 1):
-            entries = [e for item in everything for e in item[j]]
-            path = Path(cfg.out_dir) / f"results_{kind}.json"
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(entries))
-            except OSError as error:
-                common.say(f"warning    cannot write {path.absolute()}: {error.strerror}")
-            values = average_precision(seen, source, entries, kind)
-            parts = ("", "50", "/75", "/small", "/medium", "/large")
-            values = {k: 100 * v for k, v in zip(parts, values) if v >= 0}  # -1: there are no such instances
-            figures |= {f"{name}{k}": values.pop(k, 0.0) for k in ("", "50")}
-            rest |= {f"{name}{k}": v for k, v in values.items()}
-        return figures | dict(val_images=len(seen)) | rest
-    return evaluate
+def evaluate(model, cfg, device, autocast, source):
+    """AP over `source` -> metrics by name; out_dir/results_{bbox,segm}.json have the detections in COCO's format."""
+    finetune.sync_buffers(model)
+    ids, found = range(len(source))[:cfg.eval_images or None], []
+    for (img, record), in finetune.read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
+        with autocast:
+            detections = model.detect([common.to_device(img, {}, device)[0]])[0]
+        detections["masks"] = paste(detections["masks"], detections["boxes"], img.shape[1:])
+        found.append((record, *results(detections, record, source.ids)))
+    found = sorted(sum(common.gather(found), []), key=lambda item: item[0]["id"])
+    if common.RANK == 0:
+        try:
+            for j, kind in enumerate(("bbox", "segm"), 1):
+                with common.replacing(Path(cfg.out_dir) / f"results_{kind}.json") as path:
+                    path.write_text(json.dumps([e for item in found for e in item[j]]))
+        except OSError as error:
+            common.print0(f"warning: results not written: {error}")
+    return common.gather(average_precision(found, source) if common.RANK == 0 else None)[0]
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-SAVED = (*SIZES, "style", "img_size", "table", "layer_scale", "window", "channels", "box_head", "proposals", "num_classes")
+def predict(model, cfg, classes, device, autocast):
+    """--predict: draw boxes, masks, and names of what scores above a half."""
+    img = segment.open_picture(cfg.predict)
+    with autocast:
+        found = model.detect([common.to_device(img, {}, device)[0]])[0]
+    size, found = img.shape[1:], {k: v.cpu() for k, v in found.items()}
+    img = v2.functional.resize(img, 640, max_size=1280)  # the size of the drawing; masks of a camera's fill the memory
+    found["boxes"] = transform.resize_boxes(found["boxes"], size, img.shape[1:])
+    path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_detected.png"
+    with common.replacing(path) as temporary:
+        v2.functional.to_pil_image(paint(img, found, classes)).save(temporary)
+    common.print0(f"wrote {path}")
 
 
-def fit(cfg):
-    """Config with the sizes of the file in --init, its weights, and the classes it has learnt if it is one of ours.
-
-    Raises ValueError where the file holds no ViT, or its patches do not suit --img_size.
-    """
-    weights, side = {}, 14
-    if cfg.init:
-        weights, (state, config) = common.read_weights(cfg.init), common.header(cfg.init)
-        if config.get("method") == "maskrcnn":
-            common.check("classes" in state, f"{cfg.init} is to resume from; --init takes best.pt, which lies beside it")
-            config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-            return dataclasses.replace(cfg, **{k: config[k] for k in SAVED}), weights, state["classes"]
-        sizes = common.vit_sizes(weights, cfg.init)
-        side = sizes["img_size"] // sizes["patch_size"]
-    else:
-        sizes = {k: getattr(cfg, k) or size for k, size in zip(SIZES, (16, 768, 12, 12))}
-    table = cfg.table or ((side, side) if cfg.style == "vitdet" else (42, 68))
-    return dataclasses.replace(cfg, **{k: sizes[k] for k in SIZES}, table=table), weights, []
+SAVED = (*segment.SIZES, "style", "img_size", "table", "window", "channels", "box_head", "proposals", "num_classes")
 
 
 def main():
-    """Command line -> model -> training, evaluation, or one picture."""
-    cfg = settle_places(common.parse(Config, RECIPES, __doc__, flag="recipe"))
-    training, asked, out_dir = not (cfg.eval or cfg.predict), cfg.num_classes, Path(cfg.out_dir)
-    try:
-        cfg, weights, classes = fit(cfg)
-        common.check(training or classes, f"--init {cfg.init} is no detection model; give a best.pt of this script")
-        source = open_scenes(cfg, "train") if training else None
-        val_source = None if cfg.predict else open_scenes(cfg, "val")
-        if val_source:
-            cfg = dataclasses.replace(cfg, num_classes=len(val_source.classes))
-            common.check(asked in (0, cfg.num_classes),
-                         f"--num_classes {asked}, but --data {cfg.data} has {cfg.num_classes}; leave the flag out")
-        if training:
-            common.check(list(source.classes) == list(val_source.classes) and list(source.ids) == list(val_source.ids),
-                         f"training and validation set of --data {cfg.data} have different categories; make them the same")
-        model = make_model(MaskRCNN, cfg, weights, classes, val_source.classes if val_source else classes)
-    except ValueError as error:
-        common.fail(str(error))
-    device, autocast = common.setup(cfg)
-    if cfg.predict:
-        img = open_picture(cfg.predict)
-        with autocast:
-            found = model.to(device).eval().detect([common.normalise(img, device)])[0]
-        sure, size = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}, img.shape[1:]
-        img = v2.functional.resize(img, 640, max_size=1280)  # the size of the picture; masks of a camera's fill the memory
-        sure["boxes"] = resize_boxes(sure["boxes"], size, img.shape[1:])
-        sure["masks"] = paste(sure["masks"], sure["boxes"], img.shape[1:])
-        texts = [f"{classes[y - 1]} {s:.0%}" for y, s in zip(sure["labels"].tolist(), sure["scores"].tolist())]
-        path = out_dir / f"{Path(cfg.predict).stem}_detected.png"
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            v2.functional.to_pil_image(paint(img, sure, texts)).save(path)
-        except OSError as error:
-            common.fail(f"--out_dir {path.absolute()} cannot be written: {error.strerror}")
-        common.say(f"done       {path}: {', '.join(texts) or 'nothing found'}")
-        return
-    evaluate = evaluation(cfg, val_source)
-    if cfg.eval:
-        figures = evaluate(model.to(device).eval(), device, autocast, lambda epochs: True)
-        common.say("  ".join(f"{k} {v:.6g}" for k, v in figures.items()) + f"; results in {out_dir / 'results_bbox.json'}")
-        common.leave()
-        return
-    if not cfg.init:
-        common.say("warning    no --init: the ViT starts from scratch, which needs a far longer training")
-    if dist.is_initialized() and device.type == "cuda":  # SyncBatchNorm has no CPU version
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    common.train(cfg, model, samples=Scenes(source, cfg), optimizer=make_optimizer, schedule=learning_rate,
-                 evaluate=evaluate)
+    segment.run(common.parse(Config, PRESETS, __doc__), MaskRCNN, SAVED, open_scenes, Scenes, make_optimizer,
+                learning_rate, evaluate, predict)
 
 
 if __name__ == "__main__":

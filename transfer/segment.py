@@ -2,50 +2,48 @@
 Semantic segmentation: UperNet on a plain ViT, as BEiT, MAE, DeepMIM, and BootMAE measure their encoders on ADE20K.
 
 One training step, `UperNet.forward`. D width, C head channels, K classes, (h, w) grid of patches:
-    taps   = outputs of blocks 4, 6, 8, 12 of 12, without [CLS] and without the final norm            # 4 x (B, D, h, w)
-    maps   = taps at 4, 2, 1, and 1/2 times their resolution                                          # strides 4 8 16 32
-    top    = conv(maps[3] and its averages over 1, 2, 3, and 6 squared cells)                         # pyramid pooling
-    each finer level = lateral 1x1 of its map + the coarser level, resized                            # FPN
-    logits = 1x1(dropout(conv(all four levels at the finest)))                                        # (B, K, 4h, 4w)
-    aux    = a small convolutional head on the third tap, in training only
-    loss   = CE(logits, labels) + 0.4 * CE(aux, labels), both resized to the crop
+    taps   = outputs of blocks 4, 6, 8, 12 of 12, without [CLS] and without the final norm          # 4 x (B, D, h, w)
+    maps   = taps at 4, 2, 1, and 1/2 times their resolution                                        # strides 4 8 16 32
+    top    = conv(maps[3] and its averages over 1, 2, 3, and 6 squared cells)                       # pyramid pooling
+    each finer level = lateral 1x1 of its map + the coarser level, resized                          # FPN
+    logits = 1x1(dropout(conv(all four levels at the finest)))                                      # (B, K, 4h, 4w)
+    loss   = CE(logits, labels) + 0.4 * CE(aux(taps[2]), labels), both resized to the crop
 
 Data: `--data FOLDER` in ADE20K's layout, images/{training,validation}/*.jpg and annotations/{training,validation}/*.png
-of the same name, where 0 and 255 are unlabeled and 1..K the classes; or `shapes`, generated, whose first class is the
-ground. Label 255 below is "unlabeled": ignored in the loss and in all metrics.
+of the same name, where 0 and 255 are unlabeled and 1..K the classes; or `shapes`, generated. Label 255 below is
+unlabeled: ignored in the loss and in all metrics.
 
 Easy to get wrong, and done here as in the published runs:
-  - the cross-entropy is divided by all pixels, unlabeled and padded ones too, as in mmseg (else: `--loss_mean labeled`)
+  - the cross-entropy is divided by all pixels, unlabeled and padded ones too, as in mmseg
   - position table, [CLS], and relative position bias have weight decay; only vectors have none
   - the warm-up multiplies a learning rate that is already falling, linearly to 0 over all iterations
   - brightness is shifted by up to 32, not scaled; channels are not permuted
   - evaluation averages the logits of overlapping windows, and compares at the size of the label file
-  - mIoU sums intersections and unions over the whole set, without the classes that are neither labeled nor predicted
-DeepMIM and BootMAE add a relative position bias, zero at first, and a layer scale of 1 (`--rel_pos_bias`); DDAE and
-SdAE do not say. Batch norm has the statistics of one micro-batch, with several GPUs those of all GPUs' micro-batches.
+  - mIoU sums intersections and unions over the whole set, and leaves out classes neither labeled nor predicted
+  - batch norm has the statistics of a micro-batch, with several GPUs of all their micro-batches
 
-    python -m transfer.segment --preset quick --init out/quick/encoder.pt          # generated images, 2 CPU cores
-    torchrun --nproc_per_node=8 -m transfer.segment --preset ddae --data ADE --init out/ddae/encoder.pt --out_dir out/ade
-    python -m transfer.segment --eval --data ADE --init out/ade/model.pt
-    python -m transfer.segment --predict photo.jpg --init out/ade/model.pt         # photo_segmented.png, beside model.pt
+    python -m transfer.segment --preset quick --init out/quick/encoder.pt         # generated images, 2 CPU cores
+    torchrun --nproc_per_node=8 -m transfer.segment --preset ddae --data ADE --init out/ddae/encoder.pt --out_dir out/s
+    python -m transfer.segment --eval --data ADE --init out/s/model.pt
+    python -m transfer.segment --predict photo.jpg --init out/s/model.pt          # photo_segmented.png, beside model.pt
 """
 import colorsys
-import dataclasses
-import functools
+import contextlib
 import itertools
 import json
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 import common
@@ -68,12 +66,11 @@ class Config(common.RunConfig):
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    rel_pos_bias: bool = False  # [code: DeepMIM, BootMAE] relative position bias, zero at first, and layer scale
+    rel_pos_bias: bool = False  # [code: DeepMIM, BootMAE] relative position bias and layer scale; others do not say
     drop_path: float = 0.1  # [DeepMIM] largest fraction of samples that skip a branch, in the last block
     channels: int = 768  # [code: DeepMIM, BootMAE] width of the head
     aux_weight: float = 0.4  # [code: DeepMIM, BootMAE] weight of the auxiliary head; 0: none
     num_classes: int = 0  # [ours] 0: as many as classes.json or objectInfo150.txt of --data names, else 150
-    loss_mean: Literal["all", "labeled"] = "all"  # [code: mmseg] pixels that the cross-entropy is divided by
     scale: tuple[float, ...] = (0.5, 2.0)  # [code: DeepMIM, BootMAE] range of random sizes; 1: shorter side is img_size
     distort: bool = True  # [code: DeepMIM, BootMAE] random brightness, contrast, saturation, and hue
     iterations: int = 160000  # [AAAI] optimizer steps
@@ -83,22 +80,18 @@ class Config(common.RunConfig):
     layer_decay: float = 0.65  # [AAAI, SdAE, DeepMIM] factor from each layer to the one below
     weight_decay: float = 0.05  # [AAAI, DeepMIM] not on vectors
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: DeepMIM, BootMAE] AdamW's two moments
-    inference: Literal["slide", "whole"] = "slide"  # [code: DeepMIM, BootMAE] windows of img_size, or the image at once
     eval_every: float = 12.7  # [code: DeepMIM] epochs between evaluations; this is 16k steps on ADE20K
     eval_images: int = 0  # [ours] validation images to use; 0: all
 
     def __post_init__(self):
         super().__post_init__()
         assert self.warmup < self.iterations, f"--warmup {self.warmup} must be below --iterations {self.iterations}"
-        assert self.drop_path < 1, f"--drop_path must be below 1, got {self.drop_path}"
-        assert self.num_classes < IGNORE, f"--num_classes {self.num_classes}: 8-bit labels allow for 254"
-        assert len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], f"--scale takes low and high, got {self.scale}"
-        p, D, heads = self.patch_size or 1, self.embed_dim, self.num_heads or 1
-        assert self.img_size % p == 0 and self.img_size > p, \
-            f"--img_size {self.img_size} must be two or more whole patches of {p} pixels"
+        assert len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], f"--scale takes low and high: {self.scale}"
+        S, p, D, heads = self.img_size, self.patch_size or 1, self.embed_dim, self.num_heads or 1
+        assert S > p and S % p == 0, f"--img_size {S} must be two or more whole patches of {p} pixels"
         assert D % 4 == D % heads == 0, f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}"
-        assert (self.micro_batch or self.batch_size) > 1 or common.WORLD > 1, \
-            "--micro_batch must be at least 2: batch norm of one value, an average over one image, is undefined"
+        assert (self.micro_batch or self.batch_size) > 1 or common.WORLD > 1, "--micro_batch must be 2 or more: the " \
+            "average over one image has no batch statistics"
 
 
 PRESETS = {
@@ -123,11 +116,11 @@ class Ade:
         images, annotations = root / "images" / part, root / "annotations" / part
         if not images.is_dir() or not annotations.is_dir():
             sys.exit(f"--data {root.absolute()} must hold the folders images/{part} and annotations/{part}")
-        files = sorted(p.name for p in images.iterdir() if common.is_image(p))
-        self.samples = [(str(images / f), str(annotations / f"{Path(f).stem}.png")) for f in files]
-        self.classes = class_names(root, num_classes)
-        if not files:
-            sys.exit(f"--data {images.absolute()} holds no images")
+        files = sorted(p for p in images.iterdir() if p.name[0] != "." and p.suffix.lower() in IMG_EXTENSIONS)
+        self.samples = [(str(p), str(annotations / f"{p.stem}.png")) for p in files]
+        names = class_names(root)
+        n = num_classes or len(names) or 150
+        self.classes = (names + [f"class {i + 1}" for i in range(len(names), n)])[:n]
 
     def __len__(self):
         return len(self.samples)
@@ -136,8 +129,7 @@ class Ade:
         path, K = self.samples[i][1], len(self.classes)
         image, label = map(Image.open, self.samples[i])
         if label.mode not in ("L", "P") or label.size != image.size:
-            raise ValueError(f"{path} is of PIL mode {label.mode} and size {label.size}, its image of size {image.size}; "
-                             "needed is a map of 8-bit class numbers, mode L or P, of the same size")
+            raise ValueError(f"{path} has mode {label.mode} and size {label.size}, not 8 bits and size {image.size}")
         raw = np.array(label)
         highest = raw[raw < 255].max(initial=0)
         if highest > K:
@@ -145,19 +137,17 @@ class Ade:
         return image, torch.from_numpy(np.where(raw == 255, np.uint8(IGNORE), raw - np.uint8(1)))  # 0 - 1 wraps to 255
 
 
-def class_names(root, num_classes):
-    """Class names from classes.json (list of {"name": ...}) or ADE20K's objectInfo150.txt, else numbers from 1."""
-    names = []
+def class_names(root):
+    """Names in classes.json, a list of {"name": ...}, or in ADE20K's objectInfo150.txt; [] without these files."""
     try:
         if (root / "classes.json").exists():
-            names = [str(c["name"]) for c in json.loads((root / "classes.json").read_text())]
-        elif (root / "objectInfo150.txt").exists():
-            lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
-            names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+            return [str(c["name"]) for c in json.loads((root / "classes.json").read_text())]
+        lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
+        return [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+    except FileNotFoundError:
+        return []
     except (ValueError, TypeError, KeyError) as error:
         sys.exit(f"--data {root}: classes.json is no list of {{\"name\": ...}}: {error}")
-    n = num_classes or len(names) or 150
-    return (names + [f"class {i + 1}" for i in range(len(names), n)])[:n]
 
 
 class LabeledShapes(Shapes):
@@ -179,16 +169,11 @@ def open_pairs(cfg, split):
     return Ade(Path(cfg.data), split, cfg.num_classes)
 
 
-def rescale(imgs, size, low, high):
-    """Image and label, (..., H, W) each, resized so that the shorter side is `low`, but the longer at most `high`.
-
-    Bilinear without antialiasing for the image and nearest for the label, as OpenCV does in the published runs.
-    """
-    H, W = size
+def rescale(x, low, high, mode=InterpolationMode.BILINEAR):
+    """(..., H, W) -> shorter side `low`, but the longer at most `high`; without antialiasing, like OpenCV."""
+    H, W = x.shape[-2:]
     factor = min(high / max(H, W), low / min(H, W))
-    new = [max(1, int(H * factor + 0.5)), max(1, int(W * factor + 0.5))]
-    modes = (InterpolationMode.BILINEAR, InterpolationMode.NEAREST)
-    return [v2.functional.resize(x, new, interpolation=mode, antialias=False) for x, mode in zip(imgs, modes)]
+    return v2.functional.resize(x, [max(1, int(n * factor + 0.5)) for n in (H, W)], mode, antialias=False)
 
 
 def distort(img, rng):
@@ -222,11 +207,12 @@ class Crops(common.Samples):
         """Image uint8 (3, H, W), label uint8 (H, W) -> crop uint8 (3, S, S), its label uint8 (S, S)."""
         S, (img, label) = self.cfg.img_size, item
         ratio = rng.uniform(*self.cfg.scale)
-        img, label = rescale((img, label[None]), label.shape, int(S * ratio), int(4 * S * ratio))
-        H, W = label.shape[1:]
+        low, high = int(S * ratio), int(4 * S * ratio)
+        img, label = rescale(img, low, high), rescale(label[None], low, high, InterpolationMode.NEAREST)[0]
+        H, W = label.shape
         for _ in range(11):  # while one class covers three quarters, up to ten more draws; the last is taken as it is
             top, left = rng.integers(max(H - S, 0) + 1), rng.integers(max(W - S, 0) + 1)
-            part = label[:, top:top + S, left:left + S]
+            part = label[top:top + S, left:left + S]
             counts = part.flatten().bincount(minlength=IGNORE + 1)[:IGNORE]
             if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
                 break
@@ -235,23 +221,12 @@ class Crops(common.Samples):
             img, label = img.flip(-1), label.flip(-1)
         if self.cfg.distort:
             img = distort(img, rng)
-        # Published runs pad normalized images with zeros, that is the mean color; in uint8 it is rounded.
-        canvas = torch.tensor([round(255 * m) for m in common.MEAN], dtype=torch.uint8).view(3, 1, 1).repeat(1, S, S)
-        target = torch.full((S, S), IGNORE, dtype=torch.uint8)
-        h, w = label.shape[1:]
-        canvas[:, :h, :w], target[:h, :w] = img, label[0]
-        return canvas, target
+        right, below = S - label.shape[1], S - label.shape[0]
+        gray = [round(255 * m) for m in common.MEAN]  # published runs pad with 0 after normalization
+        return v2.functional.pad(img, [0, 0, right, below], gray), F.pad(label, (0, right, 0, below), value=IGNORE)
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
-
-@functools.lru_cache(maxsize=4)
-def relative_index(grid, device):
-    """Row of the bias table for every two patches of a (h, w) grid -> (N, N). The table is (2h-1) x (2w-1), row by row."""
-    h, w = grid
-    y, x = (t.flatten() for t in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-    return ((y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1).to(device)
-
 
 class BiasedBlock(Block):
     """Block with relative position bias and layer scale. They start as 0 and 1, which does not change the output."""
@@ -259,29 +234,31 @@ class BiasedBlock(Block):
     def __init__(self, dim, num_heads, drop_path, side):
         super().__init__(dim, num_heads, drop_path)
         self.side = side
-        self.rel_pos = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, num_heads))  # + from, to, and between [CLS]
+        self.rel_pos = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, num_heads))  # + [CLS] to patch, back, itself
         self.gamma_1, self.gamma_2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
-    def bias(self, grid):
-        """Added to the attention logits -> (heads, 1 + N, 1 + N); the table is resized for other grids."""
-        h, w = grid
-        table = self.rel_pos[:-3].T.unflatten(1, (2 * self.side - 1,) * 2).unsqueeze(0)  # (1, heads, 2n-1, 2n-1)
+    def bias(self, index, grid):
+        """Added to the attention logits -> (heads, 1 + N, 1 + N); `index` as from `relative_index`."""
+        table, (h, w) = self.rel_pos[:-3].T.unflatten(1, (2 * self.side - 1,) * 2), grid  # (heads, 2n-1, 2n-1)
         if (h, w) != (self.side, self.side):
-            table = F.interpolate(table, (2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=False)
-        patches = table[0].flatten(1)[:, relative_index((h, w), table.device)]  # (heads, N, N)
+            table = F.interpolate(table[None], (2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=False)[0]
         from_cls, to_cls, itself = self.rel_pos[-3:, :, None, None]  # (heads, 1, 1) each
-        top = torch.cat((itself, from_cls.expand(-1, -1, h * w)), 2)
-        return torch.cat((top, torch.cat((to_cls.expand(-1, h * w, -1), patches), 2)), 1)
+        rows = torch.cat((to_cls.expand(-1, h * w, -1), table.flatten(1)[:, index]), 2)  # (heads, N, 1 + N)
+        return torch.cat((torch.cat((itself, from_cls.expand(-1, -1, h * w)), 2), rows), 1)
 
-    def forward(self, x, grid):  # (B, T, D)
-        x = x + self.drop(self.gamma_1 * self.attend(self.norm1(x), grid))
+    def forward(self, x, index, grid):  # (B, T, D)
+        B, T, D = x.shape
+        q, k, v = self.attn.qkv(self.norm1(x)).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(index, grid).to(q.dtype))
+        x = x + self.drop(self.gamma_1 * self.attn.proj(attended.transpose(1, 2).reshape(B, T, D)))
         return x + self.drop(self.gamma_2 * self.mlp(self.norm2(x)))
 
-    def attend(self, x, grid):
-        B, T, D = x.shape
-        q, k, v = self.attn.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(grid).to(q.dtype))
-        return self.attn.proj(x.transpose(1, 2).reshape(B, T, D))
+
+def relative_index(grid, device):
+    """Row of the flattened (2h-1) x (2w-1) bias table for every two patches of a (h, w) grid -> (N, N)."""
+    h, w = grid
+    y, x = (t.flatten() for t in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
+    return (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
 
 
 class Backbone(ViT):
@@ -302,11 +279,11 @@ class Backbone(ViT):
         patches = self.embed(patchify(imgs, self.patch_size))
         x = torch.cat((self.cls_token.expand(len(imgs), -1, -1), patches), 1)  # (B, 1 + N, D)
         x = x + finetune.resize_pos_embed(self.pos_embed, grid)
-        outputs = []
+        index = relative_index(grid, x.device) if self.rel_pos_bias else None
+        outputs = [x]
         for block in self.blocks:
-            x = block(x, grid) if self.rel_pos_bias else block(x)
-            outputs.append(x)
-        return [outputs[tap - 1][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]
+            outputs.append(block(outputs[-1], index, grid) if self.rel_pos_bias else block(outputs[-1]))
+        return [outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]
 
 
 def conv(inputs, outputs, size):
@@ -366,19 +343,17 @@ class UperNet(nn.Module):
 
     def cross_entropy(self, logits, labels):
         """logits (B, K, h, w), labels (B, H, W) with 255 unlabeled -> ()."""
-        total = F.cross_entropy(resize(logits.float(), labels.shape[1:]), labels, ignore_index=IGNORE, reduction="sum")
-        return total / (labels.numel() if self.cfg.loss_mean == "all" else (labels != IGNORE).sum().clamp(min=1))
+        logits = resize(logits.float(), labels.shape[1:])
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
 
     def forward(self, imgs, labels):
         """imgs (B, 3, H, W), labels uint8 (B, H, W) -> loss (), metrics: name -> tensor ()."""
         taps, labels = self.backbone(imgs), labels.long()
-        logits = self.head(taps)
-        loss = main = self.cross_entropy(logits, labels)
-        metrics = {"ce/main": main}
-        if self.cfg.aux_weight:
-            metrics["ce/aux"] = self.cross_entropy(self.aux(taps[2]), labels)
-            loss = main + self.cfg.aux_weight * metrics["ce/aux"]
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        main = self.cross_entropy(self.head(taps), labels)
+        if not self.cfg.aux_weight:
+            return main, {}
+        aux = self.cross_entropy(self.aux(taps[2]), labels)
+        return main + self.cfg.aux_weight * aux, {"ce/main": main.detach(), "ce/aux": aux.detach()}
 
     def preview(self, imgs, labels):
         """Panels for preview.png: crops, their labels, and the prediction; black is unlabeled."""
@@ -412,43 +387,27 @@ def learning_rate(step, steps_per_epoch, cfg):
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
-def starts(size, crop, stride):
-    """Where the windows along a side begin: every `stride`, the last moved back so that it ends with the image."""
-    n = max(0, math.ceil((size - crop) / stride)) + 1
-    return [min(i * stride, max(0, size - crop)) for i in range(n)]
-
-
 def slide(net, img, crop, stride):
     """Mean logits of overlapping windows of one size: net (n, 3, S, S) -> (n, K, S, S); img (3, H, W) -> (K, H, W)."""
     H, W = img.shape[1:]
     img = F.pad(img, (0, max(0, crop - W), 0, max(0, crop - H)))  # a smaller image: mean color right and below
-    total = count = 0
-    for y, x in itertools.product(*(starts(size, crop, stride) for size in img.shape[1:])):
-        around = (x, img.shape[2] - crop - x, y, img.shape[1] - crop - y)
+    room, total, count = [size - crop for size in img.shape[1:]], 0, 0
+    starts = (sorted({min(i, r) for i in range(0, r + stride, stride)}) for r in room)  # the last ends with the image
+    for y, x in itertools.product(*starts):
+        around = (x, room[1] - x, y, room[0] - y)
         logits = net(img[None, :, y:y + crop, x:x + crop])[0]
         total = total + F.pad(logits, around)
         count = count + F.pad(torch.ones_like(logits[:1]), around)
     return (total / count)[:, :H, :W]
 
 
-def whole(net, img, patch_size):
-    """Logits of the whole image at once, img (3, H, W) -> (K, H, W); sides are padded to two or more whole patches."""
-    H, W = img.shape[1:]
-    more = [max(2, math.ceil(size / patch_size)) * patch_size - size for size in (H, W)]
-    return net(F.pad(img, (0, more[1], 0, more[0]))[None])[0, :, :H, :W]
-
-
 @torch.no_grad()
 def segment(model, img, cfg, device, autocast):
     """Image uint8 (3, H, W) -> logits (K, h, w), at the size it is resized to: shorter side img_size, at most 4 : 1."""
     S = cfg.img_size
-    img, = rescale((img,), img.shape[1:], S, 4 * S)
-    mean, std = common.mean_std(device)
-    img = (img.to(device).float() / 255 - mean) / std
+    img = common.to_device(rescale(img, S, 4 * S), {}, device)[0]
     with autocast:
-        if cfg.inference == "slide":
-            return slide(model.logits, img, S, max(1, S * 2 // 3))
-        return whole(model.logits, img, cfg.patch_size)
+        return slide(model.logits, img, S, max(1, S * 2 // 3))
 
 
 def confusion_matrix(predicted, label, num_classes):
@@ -468,7 +427,7 @@ def class_metrics(confusion):
 def evaluate(model, cfg, device, autocast, source):
     """mIoU, mAcc, and aAcc over `source` -> metrics by name; out_dir/per_class.txt has the classes."""
     finetune.sync_buffers(model)
-    K, ids = len(source.classes), list(range(len(source)))[:cfg.eval_images or None]
+    K, ids = len(source.classes), range(len(source))[:cfg.eval_images or None]
     confusion, count = torch.zeros(K, K, dtype=torch.int64), 0
     for (img, label), in finetune.read_each(Crops(source, cfg).read, source, ids, cfg, batch_size=1):
         logits = segment(model, img, cfg, device, autocast)
@@ -478,34 +437,23 @@ def evaluate(model, cfg, device, autocast, source):
         confusion += confusion_matrix(predicted.cpu(), label, K)
         count += 1
     confusion, count = sum(common.gather(confusion)), sum(common.gather(count))
-    if not confusion.sum():
-        sys.exit(f"--data {cfg.data}: the {count} readable validation images have no labeled pixels")
     iou, acc = class_metrics(confusion)
     if common.RANK == 0:
-        write_table(Path(cfg.out_dir) / "per_class.txt", source.classes, iou, acc, confusion)
+        rows = zip(source.classes, iou.tolist(), acc.tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
+        path = Path(cfg.out_dir) / "per_class.txt"
+        with contextlib.suppress(OSError), common.replacing(path) as temporary, open(temporary, "w") as file:
+            print(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}", file=file)
+            for name, i, a, labeled, predicted in rows:
+                print(f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}", file=file)
     return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
                 aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=count)
 
 
-def write_table(path, classes, iou, acc, confusion):
-    """A line per class: name, IoU, accuracy, pixels labeled and predicted; nan: there are none."""
-    rows = zip(classes, iou.tolist(), acc.tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
-    lines = [f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}"]
-    lines += [f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}" for name, i, a, labeled, predicted in rows]
-    try:
-        with common.replacing(path) as temporary:
-            temporary.write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        common.print0(f"warning: {path} not written: {error}")
-
-
 def predict(model, cfg, classes, device, autocast):
     """--predict: draw the picture, and over it the classes in color with the largest ones named."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     img = open_picture(cfg.predict)
     logits = segment(model, img, cfg, device, autocast)
-    img, = rescale((img,), img.shape[1:], 640, 1280)  # the size of the drawing; a camera's would fill the memory
+    img = rescale(img, 640, 1280)  # the size of the figure; logits of a camera's picture would fill the memory
     predicted = resize(logits[None], img.shape[1:])[0].argmax(0).cpu().numpy()  # (h, w)
     colors, picture = palette(len(classes)) / 255, img.permute(1, 2, 0).numpy() / 255
     figure = Figure((10, 5 * img.shape[1] / img.shape[2] + 0.8), layout="constrained")
@@ -516,80 +464,50 @@ def predict(model, cfg, classes, device, autocast):
     largest = [k for k in fraction.argsort()[::-1][:10] if fraction[k] >= 0.005]
     figure.legend(handles=[Patch(color=colors[k], label=f"{classes[k]} {fraction[k]:.0%}") for k in largest],
                   loc="outside lower center", ncols=5, frameon=False)
-    path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_segmented.png"
-    with common.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    common.print0(f"wrote {path}")
+    with common.replacing(Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_segmented.png") as path:
+        figure.savefig(path, dpi=110)
 
 
-# --- shared with detect.py, from --init to the run --------------------------------------------------------------------
-# Both call run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, predict) where
-#   saved                                                Config fields that --eval takes from model.pt, SIZES among them
-#   open_data(cfg, "train" or "val") -> source           len, source[i], source.classes
-#   Samples(source, cfg)                                 a common.Samples
-#   evaluate(model, cfg, device, autocast, source)       -> metrics by name, in all processes
-#   predict(model, cfg, classes, device, autocast)       --predict
+# --- shared with detect.py: from --init to the run --------------------------------------------------------------------
 
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 
 
-def evaluation_init(cfg):
-    """For --eval and --predict: --init defaults to out_dir's model.pt, and out_dir to --init's folder."""
-    if not (cfg.eval or cfg.predict):
-        return cfg
-    if not cfg.init:
-        return dataclasses.replace(cfg, init=str(Path(cfg.out_dir) / "model.pt"))
-    return dataclasses.replace(cfg, out_dir=str(Path(cfg.init).parent)) if cfg.out_dir == type(cfg).out_dir else cfg
-
-
 def fit(cfg, method, saved):
-    """Config with the sizes of --init, its weights, and the classes that a model of this method was trained on.
+    """--init -> Config with its sizes, its weights, and its classes if it is a trained model of `method`, else [].
 
-    A resumed run does not need the file: without it, sizes are those of last.pt, and no weights are returned.
+    Such a model also sets the fields `saved`. If --eval or --predict has no --init, or if the file is gone when a run
+    resumes, it is out_dir's model.pt.
     """
-    sizes, weights, classes, last = {}, {}, [], Path(cfg.out_dir) / "last.pt"
-    if not cfg.init:
-        sizes = {k: getattr(cfg, k) or size for k, size in zip(SIZES, (16, 768, 12, 12))}
-    elif not Path(cfg.init).exists() and last.exists() and not (cfg.eval or cfg.predict):
-        sizes = {k: common.load(last)["about"].get(k) for k in saved}
-    else:
-        weights, config = finetune.read_weights(cfg.init)
+    training, own = not (cfg.eval or cfg.predict), Path(cfg.out_dir) / "model.pt"
+    resumed = training and own.exists() and not Path(cfg.init).exists()
+    path = own if resumed or not (training or cfg.init) else cfg.init
+    fields, weights, classes = {k: getattr(cfg, k) or size for k, size in zip(SIZES, (16, 768, 12, 12))}, {}, []
+    if path:
+        weights, config = finetune.read_weights(path)
         if config.get("method") == method:
-            sizes, classes = {k: config[k] for k in saved}, config["classes"]
+            fields, classes = {k: config[k] for k in saved}, config["classes"]
         else:
-            sizes = {k: v for k, v in finetune.vit_sizes(weights, config, cfg.init).items() if k in SIZES}
-    if (cfg.eval or cfg.predict) and not classes:
-        sys.exit(f"--init {cfg.init} is no {method} model; give a model.pt of this script")
+            sizes = finetune.vit_sizes(weights, config, path)
+            fields = {k: sizes[k] for k in SIZES}
+    if not training:
+        fields["out_dir"] = str(Path(path).parent)
+        if not classes:
+            sys.exit(f"--init {path} is no {method} model; give a model.pt of this script")
     try:
-        return dataclasses.replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}), \
-            weights, classes
+        return replace(cfg, **fields), weights, classes
     except AssertionError as error:  # __post_init__
-        sys.exit(f"--init {cfg.init}: {error}")
+        sys.exit(f"--init {path}: {error}")
 
 
 def load_backbone(backbone, weights, path):
-    """Load an encoder. The position table is resized; what our blocks add keeps its initial value, which has no effect."""
-    own = backbone.state_dict()
-    added = {k: v for k, v in own.items() if k.endswith((".rel_pos", ".rel_pos_h", ".rel_pos_w", ".gamma_1", ".gamma_2"))}
-    table = finetune.resize_pos_embed(weights["pos_embed"], backbone.grid)
-    common.load_weights(backbone, weights | added | dict(pos_embed=table), path)
-    common.print0(f"{len(own) - len(added)} of {len(own)} backbone tensors from {path}, position table "
+    """Load an encoder; its position table is resized. Parameters that only our blocks have start without effect."""
+    own, table = backbone.state_dict(), finetune.resize_pos_embed(weights["pos_embed"], backbone.grid)
+    new = {k: own[k] for k in own if k.endswith(("rel_pos", "rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2"))}
+    common.load_weights(backbone, weights | new | dict(pos_embed=table), path)
+    common.print0(f"{len(own) - len(new)} of {len(own)} backbone tensors are from {path}; position table "
                   f"{weights['pos_embed'].shape[1] - 1} -> {table.shape[1] - 1} patches; "
-                  f"left out: {', '.join([k for k in weights if k not in own][:6])}")
-
-
-def build(Model, cfg, weights, classes, source_classes):
-    """The model with the weights of --init. Ends the program if it was trained on other classes than --data has."""
-    other = [f"{was}, now {now}" for was, now in itertools.zip_longest(classes, source_classes) if was != now]
-    if classes and other:
-        sys.exit(f"{cfg.init} was trained on other classes than --data {cfg.data} has: {'; '.join(other[:3])}")
-    torch.manual_seed(cfg.seed)
-    model = Model(cfg)
-    if classes:
-        common.load_weights(model, weights, cfg.init)
-    elif weights:
-        load_backbone(model.backbone, weights, cfg.init)
-    return model
+                  f"not used: {', '.join([k for k in weights if k not in own][:6])}")
 
 
 def open_picture(path):
@@ -601,32 +519,44 @@ def open_picture(path):
 
 
 def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, predict):
-    """Train, evaluate (--eval), or draw one picture (--predict)."""
-    cfg, weights, classes = fit(evaluation_init(cfg), Model.__name__.lower(), saved)
+    """Train, evaluate on val (--eval), or draw what is found in a picture (--predict).
+
+    open_data(cfg, split) -> source; Samples(source, cfg) -> common.Samples; evaluate(model, cfg, device, autocast,
+    source) -> metrics by name, in all processes; predict(model, cfg, classes, device, autocast) writes its file.
+    """
+    cfg, weights, classes = fit(cfg, Model.__name__.lower(), saved)
     device, autocast = common.setup(cfg)
+    if not cfg.predict:
+        val = open_data(cfg, "val")
+        other = [f"{was}, now {now}" for was, now in itertools.zip_longest(classes, val.classes) if was != now]
+        if classes and other:
+            sys.exit(f"{cfg.init} was trained on other classes than --data {cfg.data} has: {'; '.join(other[:3])}")
+        if not classes and cfg.num_classes not in (0, len(val.classes)):
+            sys.exit(f"--num_classes {cfg.num_classes}, but --data {cfg.data} has {len(val.classes)} classes")
+        cfg = replace(cfg, num_classes=len(val.classes))
+    torch.manual_seed(cfg.seed)
+    model = Model(cfg)
+    if classes:
+        common.load_weights(model, weights, cfg.init)
+    elif weights:
+        load_backbone(model.backbone, weights, cfg.init)
     if cfg.predict:
-        model = build(Model, cfg, weights, classes, classes)
         return predict(model.to(device).eval(), cfg, classes, device, autocast)
-    val = open_data(cfg, "val")
-    if not classes and cfg.num_classes not in (0, len(val.classes)):
-        sys.exit(f"--num_classes {cfg.num_classes}, but --data {cfg.data} has {len(val.classes)}; leave the flag out")
-    cfg = dataclasses.replace(cfg, num_classes=len(val.classes))
-    model = build(Model, cfg, weights, classes, val.classes)
     if cfg.eval:
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val)
-        common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()) + f"; details in {cfg.out_dir}")
+        common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
         if common.WORLD > 1:
             dist.destroy_process_group()
         return
+    train = open_data(cfg, "train")
+    if list(train.classes) != list(val.classes):
+        sys.exit(f"--data {cfg.data} has different classes for training and validation")
     if not cfg.init:
         common.print0("warning: no --init, the ViT starts from scratch, which needs a far longer training")
     if common.WORLD > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train = open_data(cfg, "train")
-    if list(train.classes) != list(val.classes):
-        sys.exit(f"the training and validation images of --data {cfg.data} have different classes")
     common.train(cfg, model, Samples(train, cfg), optimizer, schedule,
-                 evaluate=lambda model, cfg, device, autocast, samples: evaluate(model, cfg, device, autocast, val))
+                 lambda model, cfg, device, autocast, samples: evaluate(model, cfg, device, autocast, val))
 
 
 SAVED = (*SIZES, "img_size", "rel_pos_bias", "channels", "aux_weight", "num_classes")
