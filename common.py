@@ -7,19 +7,17 @@ Nothing here knows of masks, teachers, or decoders. A method file brings:
     model(imgs, draws) -> loss, metrics       imgs (B, 3, H, W) normalized, draws (B, N); loss: a mean over images;
                                               metrics: name -> 0-dim tensor, only logged if there is a slash in the name
     model.encoder                             what encoder.pt holds and kNN measures, unless there is a model.exported
-    model.after_step(step, steps_per_epoch)   optional: EMA and the like; step counts from 1
+    model.after_step(step, steps_per_epoch)   optional: EMA and the like; step counts from 1. Processes do not share
+                                              buffers: reduce here what `forward` collects in them
     model.preview(imgs, draws) -> panels      optional: title -> images (B, 3, H, W), maps (B, h, w) where 0 is blank,
                                               or features (B, h, w, D), which become common colors
 
-finetune.py and transfer/ give `train` their own samples, optimizer, schedule, and evaluation. Besides RunConfig, it
-reads batch_size and epochs (or iterations); Samples, `cosine`, and `adamw` read the rest of a method's recipe.
+Besides RunConfig, `train` reads batch_size and epochs (or iterations); the defaults for samples, optimizer, and schedule,
+which finetune.py and transfer/ replace, read the rest of a method's recipe.
 
 Randomness is keyed, never stateful. Crop, flip, and mask of a sample are functions of (seed, epoch, index), the order
 of an epoch of (seed, epoch), anything random inside the model of (seed, step, rank, micro-batch). So the data do not
 depend on processes, workers, or micro-batches, and a checkpoint needs no generator state.
-
-Buffers are not synchronized: reduce over processes, in `after_step`, what a model collects in `forward`. Persistent
-buffers are in last.pt.
 """
 import argparse
 import contextlib
@@ -61,7 +59,7 @@ DATA_TIMEOUT = 300  # seconds after which a batch that does not come ends the ru
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Flags of the run, which may change when it resumes, except init and seed. A script's Config adds the recipe."""
+    """Flags of the run; init and seed may not change when it resumes, nor the recipe, which a script's Config adds."""
     data: str = "shapes"  # [ours] folder with train/ and val/, or of images; a torchvision data set; shapes (generated)
     out_dir: str = "out"  # [ours] checkpoints, log, and pictures; the same command resumes the run found there
     init: str = ""  # [ours] start from the encoder weights in this file
@@ -116,12 +114,12 @@ def parse(Config, presets, doc="", argv=None):
 
 def print0(message):
     """Print from the first process, above the progress bar. A terminal that is gone does not end a run."""
-    if RANK == 0:
+    if RANK == 0 and sys.stdout:  # None if it was closed when Python started
         try:
-            tqdm.write(message)
+            tqdm.write(message.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
             sys.stdout.flush()
         except (OSError, ValueError):
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = None
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -151,8 +149,9 @@ class Folder(torchvision.datasets.ImageFolder):
     """ImageFolder without hidden folders and files; one without any class folder is unlabeled, with `classes` [""]."""
 
     def __init__(self, root):
-        super().__init__(root, loader=Image.open, is_valid_file=lambda path: not os.path.basename(path).startswith(".")
-                         and path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
+        ends = torchvision.datasets.folder.IMG_EXTENSIONS
+        super().__init__(str(root), loader=Image.open, is_valid_file=lambda path: path.lower().endswith(ends)
+                         and "/." not in path[len(str(root)):])
 
     def find_classes(self, root):
         classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) or [""]
@@ -222,10 +221,9 @@ def note_bad(known, new, total, cfg):
 
 def batches(n, cfg, micro, start, stop):
     """Keys of this process's micro-batches for optimizer steps `start` to `stop`. An incomplete batch is dropped."""
-    order = None
     for step in range(start, stop):
         epoch, i = divmod(step, n // cfg.batch_size)
-        if i == 0 or order is None:
+        if i == 0 or step == start:
             order = np.random.default_rng((cfg.seed, epoch)).permutation(n)
         batch = order[i * cfg.batch_size:(i + 1) * cfg.batch_size].reshape(WORLD, -1, micro)
         yield from ([(epoch, int(index)) for index in part] for part in batch[RANK])
@@ -293,7 +291,8 @@ def load(path):
     """Read a file of torch.save, tensors and plain values. Ends the program on damage, which torch.load overlooks."""
     try:
         with zipfile.ZipFile(path) as archive:
-            assert archive.testzip() is None, "flipped bits"
+            if archive.testzip():
+                raise ValueError("flipped bits")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         sys.exit(f"{path} is missing, damaged, or no checkpoint of tensors and plain values: {str(error):.80}")
@@ -312,7 +311,7 @@ def load_weights(module, weights, path):
 
 def init_encoder(encoder, cfg):
     """--init: encoder.pt, or a ViT under timm's names. A resumed run does not need the file."""
-    if cfg.init and not (Path(cfg.out_dir) / "last.pt").exists():
+    if cfg.init and not any(Path(cfg.out_dir).glob("last.*pt")):
         file = load(cfg.init)
         load_weights(encoder, file.get("model", file), cfg.init)
 
@@ -349,7 +348,7 @@ def resume(model, about, last):
 
 def open_log(path):
     """log.jsonl of the first process, locked: a second run in the same folder is refused."""
-    file = open(path if RANK == 0 else os.devnull, "ab", buffering=0)
+    file = open(path if RANK == 0 else os.devnull, "a+b", buffering=0)
     try:
         if RANK == 0:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -393,7 +392,10 @@ def setup(cfg):
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))
+        if WORLD == LOCAL_WORLD:  # torchrun --max-restarts keeps the store, with the addresses of dead processes
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -412,12 +414,10 @@ def explained():
     """One line for what ends a run on good input: memory, and data workers that die or hang."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        sys.exit("out of GPU memory; give --micro_batch, or a smaller one")
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
+        if not str(error).startswith(("DataLoader", "CUDA out of memory")):
             raise
-        sys.exit(f"{error}; if memory or /dev/shm is full, lower --num_workers")
+        sys.exit(f"{error}\nLower --micro_batch if GPU memory is full, --num_workers if main memory or /dev/shm is")
 
 
 @explained()
@@ -430,13 +430,11 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if cfg.eval_every and not evaluate:
         from finetune import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
-    out, n = Path(cfg.out_dir), len(samples.source)
-    micro = cfg.micro_batch or max(1, cfg.batch_size // WORLD)
+    out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
     accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
     steps_per_epoch = n // cfg.batch_size
     if cfg.batch_size % (micro * WORLD) or not steps_per_epoch:
-        sys.exit(f"--batch_size {cfg.batch_size} must be a multiple of {micro} images x {WORLD} processes, and at most "
-                 f"{n}, the images of --data {cfg.data}")
+        sys.exit(f"--batch_size {cfg.batch_size} must be a multiple of {micro} x {WORLD} processes, and at most {n}, the images")
     total = getattr(cfg, "iterations", 0) or steps_per_epoch * cfg.epochs
     stop = min(cfg.max_steps or total, total)
     save_steps, eval_steps = (max(1, round(every * steps_per_epoch)) if every else total + 1
@@ -450,7 +448,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if len(set(gather((step, n)))) > 1:
         sys.exit("the processes see different --data or --out_dir")
     if RANK == 0:
-        log.seek(log.truncate(min(log.tell(), state["log"])))  # as it was at that step
+        text = os.pread(log.fileno(), state["log"], 0)  # as it was at that step; a power failure may have torn its end
+        log.seek(log.truncate(text.rfind(b"\n") + 1))
     model.to(device)
     optimizer = optimizer(model, cfg)
     if step:
@@ -461,9 +460,9 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     ddp.broadcast_buffers = False  # they are constants, or the model's own business
     keys = batches(n, cfg, micro, step, stop)
     loader = iter(make_loader(samples, cfg, batch_sampler=keys, collate_fn=samples.collate))
-    sizes, kind = [p.numel() for p in model.parameters() if p.requires_grad], "bf16" if autocast._enabled else "fp32"
-    print0(f"{about['method']}, {sum(sizes):,} trainable parameters, {n:,} images of {cfg.data}, {device} {kind}\n"
-           f"batch {cfg.batch_size} = {WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,}")
+    print0(f"{about['method']}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train, "
+           f"{n:,} images of {cfg.data}, {device} {'bf16' if autocast._enabled else 'fp32'}\nbatch {cfg.batch_size} = "
+           f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")
 
     signals = []  # a handler only notes the signal: the loop finishes the step, saves, and exits
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -485,7 +484,6 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
 
-        # forward and backward, micro-batch by micro-batch
         metrics = {}
         for i in range(accumulate):
             asked = time.perf_counter()
@@ -507,8 +505,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
             dist.all_reduce(flags)
         norm, caught = flags.tolist()  # the only wait for the GPU in a step
         if not math.isfinite(norm):
-            sys.exit(f"step {step + 1} not taken, gradients not finite; loss {metrics['loss'].item():.4g} in process {RANK}."
-                     " Resume with --clip_grad 3 or --precision fp32, or start over with a lower learning rate")
+            sys.exit(f"gradients not finite at step {step + 1}, loss {metrics['loss'].item():.4g} in process {RANK}; "
+                     "resume with --clip_grad 3 or --precision fp32, or start over with a lower learning rate")
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -537,7 +535,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if WORLD > 1:
         dist.barrier()  # the first process has written its files
         dist.destroy_process_group()
+    if not saved:
+        sys.exit(1)
     if caught:
         print0(f"stopped by a signal after step {step}; the same command resumes")
-    if caught or not saved:
-        sys.exit(128 + (signals or [signal.SIGTERM])[0] if saved else 1)
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])

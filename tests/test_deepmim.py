@@ -52,8 +52,8 @@ def save(model, path, **config):
 def test_one_tap_is_mae():
     options = SMALL | dict(K=1, pixel="plain", feature="none", decoder_depth=3)
     ours, mae = make(taps=(6,), decoder_depth=3), ddae.DDAE(ddae.Config(**options))
-    rest = mae.load_state_dict({k.replace("decoders.0", "pixel_decoder"): v for k, v in ours.state_dict().items()}, strict=False)
-    assert rest == (["beta"], ["whole"])  # of loss weights and of semantic masks
+    weights = {k.replace("decoders.0", "pixel_decoder"): v for k, v in ours.state_dict().items()}
+    assert mae.load_state_dict(weights, strict=False) == (["beta"], ["whole"])
     imgs, ids = batch()
     assert ours(imgs, ids)[0].item() == pytest.approx(mae(imgs, ids)[0].item(), rel=1e-6)
 
@@ -94,8 +94,8 @@ def count(module):
 
 def test_parameter_counts():
     model = deepmim.DeepMIM(deepmim.Config())
-    assert list(model.taps) == [6, 8, 10, 12] and [count(d) for d in model.decoders] == [13_398_784] * 4
-    frozen = model.encoder.pos_embed.numel() + model.decoders[0].decoder_pos_embed.numel()  # the code has one table for all
+    assert [count(d) for d in model.decoders] == [13_398_784] * 4
+    frozen = model.encoder.pos_embed.numel() + model.decoders[0].decoder_pos_embed.numel()  # the code has one for all
     assert count(model) + frozen == 139_494_656
     mae = deepmim.DeepMIM(deepmim.Config(taps=(12,), decoder_depth=8))
     assert sum(p.numel() for p in mae.parameters()) == 111_907_840
@@ -104,8 +104,7 @@ def test_parameter_counts():
 
 def test_taps_of_other_depths():
     for depth, taps in ((24, [12, 16, 20, 24]), (12, [6, 8, 10, 12]), (6, [3, 4, 5, 6]), (4, [2, 3, 4]), (1, [1])):
-        assert list(deepmim.Config(depth=depth).supervised) == taps
-    assert deepmim.Config(taps=(1, 12)).supervised == (1, 12)
+        assert deepmim.Config(depth=depth).supervised == taps
 
 
 # --- hybrid targets ---------------------------------------------------------------------------------------------------
@@ -127,48 +126,31 @@ def test_hybrid_targets(tmp_path):
                 t = a * x + (1 - a) * (x_hat * std + mean)
                 want = (t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True)
             torch.testing.assert_close(target, want, atol=2e-4, rtol=1e-4)
-        same = make(hybrid=file, hybrid_space=space, alpha=(1.0, 1.0, 1.0, 1.0))  # alpha 1: the generator changes nothing
-        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())  # nor is it saved
-        assert same(imgs, ids)[0].item() == pytest.approx(plain(imgs, ids)[0].item(), rel=1e-5)
-        assert model(imgs, ids)[0].item() != pytest.approx(plain(imgs, ids)[0].item(), rel=1e-3)
         assert count(model) == count(plain) and model.state_dict().keys() == plain.state_dict().keys()
-
-
-@pytest.mark.parametrize("space", ["normalized", "raw"])
-def test_a_perfect_generator_makes_alpha_irrelevant(space, tmp_path, monkeypatch):
-    imgs, ids = batch()
-    model = make(hybrid=save(make(), tmp_path / "last.pt"), hybrid_space=space)
-    perfect = deepmim.pixel_target(deepmim.take(deepmim.patchify(imgs, 4), ids[:, 16:]), True)
-    monkeypatch.setattr(model.generator, "forward", lambda *_: perfect)
-    for target in model.targets(imgs, ids):
-        torch.testing.assert_close(target, perfect, atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in plain.state_dict().items())  # loading draws nothing
+        ones = make(hybrid=file, hybrid_space=space, alpha=(1.0, 1.0, 1.0, 1.0))
+        assert ones(imgs, ids)[0].item() == pytest.approx(plain(imgs, ids)[0].item(), rel=1e-5)
 
 
 @torch.no_grad()
 def test_generator_takes_the_deepest_decoder_and_maes_own_names(tmp_path):
-    """last.pt of an ordinary run has a decoder per tap; only the last one was trained on what the generator feeds it."""
     model, (imgs, ids) = make(), batch()
     want = model.decode(model.encode(imgs, ids[:, :16]), ids)[-1]
     cfg = deepmim.Config(**SMALL, hybrid=save(model, tmp_path / "last.pt"))
     torch.testing.assert_close(deepmim.Generator(cfg)(imgs, ids[:, :16], ids), want)
     assert make(hybrid=cfg.hybrid, taps=(6,)).alpha.flatten().tolist() == [1.0]
     names = {k.removeprefix("encoder.").removeprefix("decoders.3."): v for k, v in model.state_dict().items()}
-    sizes = dict(num_heads=2, decoder_heads=2)
-    torch.save(dict(model=names, about=dict(sizes, norm_pix=False)), tmp_path / "official.pth")
-    raw = make(hybrid=str(tmp_path / "official.pth"))  # it predicts raw pixels, to be normalized like the image
+    torch.save(dict(model=names, about=dict(num_heads=2, decoder_heads=2)), tmp_path / "mae.pth")
+    raw = make(hybrid=str(tmp_path / "mae.pth"), hybrid_norm_pix="no")  # its pixels are normalized like the image
     patches = deepmim.take(deepmim.patchify(imgs, 4), ids[:, 16:])
     x_hat = (want - patches.mean(-1, keepdim=True)) / patches.std(-1, keepdim=True)
     torch.testing.assert_close(raw.targets(imgs, ids)[0], x_hat, atol=1e-4, rtol=1e-4)
-    torch.save(dict(model=names, about=sizes), tmp_path / "bare.pth")
-    for flag in ("yes", "no"):
-        options = dict(SMALL, hybrid=str(tmp_path / "bare.pth"), hybrid_norm_pix=flag)
-        assert deepmim.Generator(deepmim.Config(**options)).norm_pix == (flag == "yes")
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 def clusters(B, k, noise):
-    """Tokens (B, 64, 16) of k well separated clusters, and the cluster of each; the first k tokens are of k clusters."""
+    """Tokens (B, 64, 16) of k well separated clusters, the first k of different ones, and the cluster of each."""
     g = torch.Generator().manual_seed(1)
     truth = torch.randint(k, (B, 64), generator=g)
     truth[:, :k] = torch.arange(k)
@@ -203,9 +185,6 @@ def test_semantic_guided_masks_parts_as_the_loop_says():
                 if seen[p] <= round((1 - whole) * round(sizes[p] * 0.75) + whole * entire[p]):
                     masked.append(n)
             assert new == [n for n in order if n not in masked] + masked
-    for new, part in zip(got[:, 16:].tolist(), truth):  # whole parts: at most one is masked in part
-        shares = [sum(part[n] == p for n in new) / (part == p).sum() for p in range(6)]
-        assert sum(0 < s < 1 for s in shares) <= 1
 
 
 def test_schedule_goes_from_parts_of_parts_to_whole_parts_and_is_saved():
@@ -231,7 +210,8 @@ def test_semantic_aware_keeps_what_cls_attends_to():
 
 def test_masks_come_from_the_mask_network(files):
     imgs, ids = batch()
-    guided, aware = make(mask="semantic_guided", mask_file=files["dino"]), make(mask="semantic_aware", mask_file=files["clip"])
+    guided = make(mask="semantic_guided", mask_file=files["dino"])
+    aware = make(mask="semantic_aware", mask_file=files["clip"])
     tokens, _ = targets.dino(files["dino"]).tokens(imgs, (8, 8))
     assert torch.equal(guided.reorder(imgs, ids), targets.semantic_guided(tokens[:, 1:], ids, 0.75, torch.zeros(())))
     _, attention = targets.clip(files["clip"]).tokens(imgs, (8, 8))
@@ -287,19 +267,17 @@ def vit(**options):
 
 def clip_weights():
     """Random, under OpenAI's names."""
-    g = torch.Generator().manual_seed(4)
-    shapes = dict(class_embedding=(128,), positional_embedding=(197, 128), proj=(128, 32))
-    shapes |= {"conv1.weight": (128, 3, 16, 16)}
+    shapes = {"class_embedding": (128,), "positional_embedding": (197, 128), "proj": (128, 32),
+              "conv1.weight": (128, 3, 16, 16)}
     for i in range(2):
         for name, shape in (("attn.in_proj_", (384, 128)), ("attn.out_proj.", (128, 128)), ("mlp.c_fc.", (512, 128)),
-                            ("mlp.c_proj.", (128, 512))):
+                            ("mlp.c_proj.", (128, 512)), ("ln_1.", (128,)), ("ln_2.", (128,))):
             block = f"transformer.resblocks.{i}.{name}"
             shapes |= {f"{block}weight": shape, f"{block}bias": shape[:1]}
-    for name in ("ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{j}" for i in (0, 1) for j in (1, 2))):
-        shapes |= {f"{name}.weight": (128,), f"{name}.bias": (128,)}
-    weights = {f"visual.{k}": torch.randn(shape, generator=g) * 0.08 for k, shape in shapes.items()}
-    weights = {k: v + (".ln_" in k and k.endswith("weight")) for k, v in weights.items()}
-    return weights | {"token_embedding.weight": torch.randn(7, 9), "logit_scale": torch.ones(())}
+    shapes |= {f"{name}.{kind}": (128,) for name in ("ln_pre", "ln_post") for kind in ("weight", "bias")}
+    g = torch.Generator().manual_seed(4)
+    weights = {f"visual.{k}": torch.randn(shape, generator=g) * 0.08 + (len(shape) == 1) for k, shape in shapes.items()}
+    return weights | {"token_embedding.weight": torch.randn(7, 9)}
 
 
 def codebook_weights():
@@ -342,19 +320,17 @@ def test_dino(files):
     assert not list(network.parameters()) and not network.state_dict()
 
 
-class Tree(nn.Module):
-    """Nested modules with the tensors of a state dict, to be scripted."""
-
-    def __init__(self, weights):
-        super().__init__()
-        for name, value in weights.items():
-            if "." not in name:
-                self.register_parameter(name, nn.Parameter(value))
-        for part in dict.fromkeys(n.split(".")[0] for n in weights if "." in n):
-            self.add_module(part, Tree({n.split(".", 1)[1]: v for n, v in weights.items() if n.startswith(part + ".")}))
-
-    def forward(self):
-        return 0
+def nested(weights):
+    """Module of modules with the tensors of a state dict, to be scripted."""
+    root = nn.Module()
+    for name, value in weights.items():
+        node, (*parents, leaf) = root, name.split(".")
+        for part in parents:
+            if not hasattr(node, part):
+                node.add_module(part, nn.Module())
+            node = getattr(node, part)
+        node.register_parameter(leaf, nn.Parameter(value))
+    return root
 
 
 @torch.no_grad()
@@ -365,7 +341,7 @@ def test_clip(files, tmp_path):
                 global_pool="token")
     model.load_state_dict(_convert_openai_clip(weights, model))
     want = model.head(model.forward_features(renormalized(imgs, targets.CLIP_MEAN, targets.CLIP_STD)))[:, 1:]
-    torch.jit.save(torch.jit.script(Tree(weights)), tmp_path / "archive")
+    torch.jit.save(torch.jit.script(nested(weights)), tmp_path / "archive")
     for path in (files["clip"], tmp_path / "archive"):
         network = targets.clip(path)
         torch.testing.assert_close(network(imgs, (14, 14)), want, atol=2e-5, rtol=1e-4)
@@ -374,7 +350,8 @@ def test_clip(files, tmp_path):
 
 @torch.no_grad()
 def test_codebook(files):
-    (weights, model), imgs, network = codebook_weights(), torch.randn(2, 3, 224, 224), targets.codebook(files["codebook"])
+    (weights, model), network = codebook_weights(), targets.codebook(files["codebook"])
+    imgs = torch.randn(2, 3, 224, 224)
     x = model.fc_norm(model.forward_features(renormalized(imgs, (0.5,) * 3, (0.5,) * 3)))[:, 1:]
     x = x @ weights["encode_task_layer.0.weight"].T + weights["encode_task_layer.0.bias"]
     x = F.normalize(x.tanh() @ weights["encode_task_layer.2.weight"].T + weights["encode_task_layer.2.bias"], dim=-1)
@@ -403,7 +380,7 @@ def test_targets_are_of_the_masked_patches(target, files):
     assert all(torch.equal(got[b, j], whole[b, ids[b, 16 + j]]) for b in range(3) for j in range(48))
 
 
-# --- as a user runs it --------------------------------------------------------------------------------------------------
+# --- as a user runs it ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["pixel", "hog", "codebook"])
@@ -426,8 +403,8 @@ def test_preview_of_perfect_predictions(target, files, monkeypatch):
                 assert torch.equal(panels["target"][b, n // 8, n % 8], want)
 
 
-QUICK = "--preset quick --embed_dim 48 --num_heads 2 --decoder_dim 32 --batch_size 32 --base_lr 2e-2 --warmup_epochs 0.01 " \
-        "--log_every 1 --eval_every 0 --device cpu --num_workers 0"
+QUICK = "--preset quick --embed_dim 48 --num_heads 2 --decoder_dim 32 --base_lr 2e-2 --warmup_epochs 0.01 --log_every 1 " \
+        "--eval_every 0 --device cpu --num_workers 0"
 
 
 def main(monkeypatch, flags):
@@ -440,7 +417,7 @@ def main(monkeypatch, flags):
     "--target codebook --target_file {codebook}", "--hybrid {tmp}/last.pt --hybrid_space raw --alpha 0.5 0.5 0.5",
     "--mask semantic_guided --mask_file {dino}", "--mask semantic_aware --mask_file {clip} --precision bf16"])
 def test_every_target_and_mask_trains(flags, files, tmp_path, monkeypatch):
-    save(make(**dict(depth=4)), tmp_path / "last.pt")
+    save(make(), tmp_path / "last.pt")
     main(monkeypatch, f"{flags.format(**files, tmp=tmp_path)} --out_dir {tmp_path / 'run'} --max_steps 12")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     taps = [k for k in lines[0] if "/" in k]
@@ -453,23 +430,16 @@ def test_every_target_and_mask_trains(flags, files, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     ("--taps 2 3", "--taps must increase from at least 1 to --depth 4"),
     ("--alpha 0 0.5 1", "--alpha takes 3 values between 0 and 1, and needs --hybrid"),
-    ("--hybrid x --target hog", "--hybrid needs --target pixel"),
     ("--target clip", "--target_file goes with --target dino, clip, or codebook"),
-    ("--mask random --mask_file x", "--mask_file goes with --mask semantic_guided or"),
     ("--target clip --target_file {dino}", "dino has no visual.proj and no visual.ln_pre.weight"),
-    ("--target dino --target_file {tmp}/wide", "wide: 1 of 29 tensors are missing, misshapen"),
+    ("--target dino --target_file {tmp}/wide", "wide: 1 of 30 tensors are missing, misshapen"),
     ("--target dino --target_file {tmp}/more", "more is not a plain ViT with 64 channels per head"),
-    ("--target codebook --target_file {tmp}/list", "list holds no state dict"),
-    ("--hybrid {dino}", "dino has no decoder_embed.weight"),
-    ("--hybrid {tmp}/hog.pt", "hog.pt predicts hog, not pixels"),
-    ("--hybrid {tmp}/small.pt", "tensors are missing, misshapen")])
+    ("--hybrid {tmp}/hog.pt", "hog.pt predicts hog, not pixels")])
 def test_bad_input(flags, message, files, tmp_path, monkeypatch, capsys):
     weights = vit(num_classes=0).state_dict()
     torch.save(weights | {"blocks.0.attn.qkv.weight": torch.zeros(384, 100)}, tmp_path / "wide")
     torch.save(weights | {"blocks.0.ls1.gamma": torch.zeros(128)}, tmp_path / "more")
-    torch.save([1, 2], tmp_path / "list")
     save(make(target="hog"), tmp_path / "hog.pt")
-    save(make(img_size=16), tmp_path / "small.pt")
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, f"{flags.format(**files, tmp=tmp_path)} --out_dir {tmp_path / 'new'}")
     line = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
@@ -479,7 +449,7 @@ def test_bad_input(flags, message, files, tmp_path, monkeypatch, capsys):
 def test_defaults_are_the_papers_recipe():
     cfg = common.parse(deepmim.Config, deepmim.PRESETS, argv=[])
     paper = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mask="random", mask_ratio=0.75,
-                 supervised=[6, 8, 10, 12], shared_decoder=False, target="pixel", norm_pix=True, hybrid="", decoder_depth=4,
-                 decoder_dim=512, decoder_heads=16, epochs=300, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4,
+                 supervised=[6, 8, 10, 12], shared_decoder=False, target="pixel", norm_pix=True, hybrid="",
+                 decoder_depth=4, decoder_dim=512, decoder_heads=16, epochs=300, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4,
                  min_lr=0, weight_decay=0.05, adam_betas=(0.9, 0.95), crop_min=0.2)
     assert {k: getattr(cfg, k) for k in paper} == paper

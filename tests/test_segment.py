@@ -293,7 +293,7 @@ def test_two_processes_evaluate_like_one_on_an_odd_number_of_images(tmp_path, mo
     def two(*more):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run([*command, "-m", "transfer.segment", *TINY.split(), *flags, *more], cwd=ROOT, check=True,
-                              stdout=subprocess.PIPE, text=True, timeout=100, env=os.environ | dict(OMP_NUM_THREADS="1"))
+                              stdout=subprocess.PIPE, text=True, timeout=99, env=os.environ | dict(OMP_NUM_THREADS="1"))
         return done.stdout, (out / "per_class.txt").read_text()
 
     _, trained = two()
