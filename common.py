@@ -12,7 +12,7 @@ Nothing here knows of masks, teachers, or decoders. A method file brings:
     model.preview(imgs, draws) -> panels      optional: title -> images (B, 3, H, W), maps (B, h, w) where 0 is blank,
                                               or features (B, h, w, D), which become common colors
 
-Besides RunConfig, `train` reads batch_size and epochs (or iterations); the defaults for samples, optimizer, and schedule,
+Besides RunConfig, `train` reads batch_size and epochs (or iterations). The default samples, optimizer, and schedule,
 which finetune.py and transfer/ replace, read the rest of a method's recipe.
 
 Randomness is keyed, never stateful. Crop, flip, and mask of a sample are functions of (seed, epoch, index), the order
@@ -311,7 +311,7 @@ def load_weights(module, weights, path):
 
 def init_encoder(encoder, cfg):
     """--init: encoder.pt, or a ViT under timm's names. A resumed run does not need the file."""
-    if cfg.init and not any(Path(cfg.out_dir).glob("last.*pt")):
+    if cfg.init and not any((Path(cfg.out_dir) / name).exists() for name in ("last.pt", "last.prev.pt")):
         file = load(cfg.init)
         load_weights(encoder, file.get("model", file), cfg.init)
 
@@ -381,7 +381,6 @@ def checkpoint(out, model, optimizer, samples, device, autocast, **state):
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         print0(f"warning: cannot save {last}: {error}")
-        return False
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -434,7 +433,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
     steps_per_epoch = n // cfg.batch_size
     if cfg.batch_size % (micro * WORLD) or not steps_per_epoch:
-        sys.exit(f"--batch_size {cfg.batch_size} must be a multiple of {micro} x {WORLD} processes, and at most {n}, the images")
+        sys.exit(f"--batch_size {cfg.batch_size} is no multiple of {micro} x {WORLD} processes, or above {n} images")
     total = getattr(cfg, "iterations", 0) or steps_per_epoch * cfg.epochs
     stop = min(cfg.max_steps or total, total)
     save_steps, eval_steps = (max(1, round(every * steps_per_epoch)) if every else total + 1
@@ -531,7 +530,6 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
                                    about=about)
         if caught:
             break
-    bar.close()
     if WORLD > 1:
         dist.barrier()  # the first process has written its files
         dist.destroy_process_group()

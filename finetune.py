@@ -209,7 +209,8 @@ def settle(cfg):
     A resumed run does not need the file: model.pt has its sizes, and common.train loads the weights from last.pt.
     """
     own = Path(cfg.out_dir) / "model.pt"
-    resumes = not cfg.eval and cfg.mode != "knn" and own.exists() and own.with_name("last.pt").exists()
+    saved = own.exists() and any(own.with_name(name).exists() for name in ("last.pt", "last.prev.pt"))
+    resumes = saved and not cfg.eval and cfg.mode != "knn"
     path, weights, was = own if resumes else cfg.init, {}, {}
     sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
     if path:

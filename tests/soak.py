@@ -3,8 +3,8 @@ Stop a tiny run of ddae.py again and again at random moments, and compare its en
 
     python tests/soak.py --stops 30                  # SIGKILL or SIGTERM; --processes 2 for two of them
 
-Prints every stop. Exit code 1 unless weights, teacher, optimizer, and log are bitwise the same. test_reliability.py uses
-these functions too. Processes are forked from a server that has already imported torch, which saves seconds each.
+Exit code 1 unless weights, teacher, optimizer, and log are bitwise the same. test_reliability.py uses these functions
+too. Processes are forked from a server that has already imported torch, which saves seconds each.
 """
 import argparse
 import json
@@ -19,11 +19,14 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = str(Path(__file__).parent.parent)
+sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = ROOT  # the server ignores sys.path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ddae", "finetune", "analyze"])
-FLAGS = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2 " \
-        "--decoder_depth 1 --base_lr 1e-2 --warmup_epochs 0.5 --batch_size 16 --log_every 1 --save_every 0 --device cpu"
+FLAGS = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2" \
+        " --decoder_depth 1 --base_lr 1e-2 --warmup_epochs 0.5 --batch_size 16 --log_every 1 --save_every 0 --device cpu"
+RUNS = []  # all that were started, for whoever must clean up
 
 
 def body(flags, rank, processes, port, output, hook):
@@ -49,11 +52,8 @@ def body(flags, rank, processes, port, output, hook):
     ddae.main()
 
 
-RUNS = []  # all that were started, for whoever must clean up
-
-
 class Run:
-    """A started ddae.py: `pids`, `wait() -> exit codes`, `signal(number)`, `output()`."""
+    """A started ddae.py."""
 
     def __init__(self, flags, processes=1, hook=None):
         self.file = tempfile.NamedTemporaryFile(suffix=".out")
@@ -64,7 +64,6 @@ class Run:
                      for rank in range(processes)]
         for job in self.jobs:
             job.start()
-        self.pids = [job.pid for job in self.jobs]
         RUNS.append(self)
 
     def signal(self, number):
@@ -77,12 +76,9 @@ class Run:
 
     def wait(self, timeout=100):
         end = time.monotonic() + timeout
-        for job in self.jobs:
-            job.join(max(0, end - time.monotonic()))
-        hung = [job.kill() for job in self.jobs if job.is_alive()]
-        for job in self.jobs:
-            job.join()
-        assert not hung, f"still running after {timeout} s:\n{self.output()}"
+        while self.alive():
+            assert time.monotonic() < end, f"still running after {timeout} s:\n{self.output()}"
+            time.sleep(0.01)
         return [job.exitcode for job in self.jobs]
 
     def output(self):
@@ -90,10 +86,10 @@ class Run:
 
 
 def log(out_dir):
-    """The log without its clock."""
-    path = Path(out_dir) / "log.jsonl"
+    """The log's whole lines, without the clock."""
+    path, clock = Path(out_dir) / "log.jsonl", ("images_per_s", "data_wait")
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "data_wait")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def steps(out_dir):
@@ -122,7 +118,7 @@ def differences(a, b):
 
 
 def make_images(folder, count=64):
-    """PNG files of `shapes` in folder/train and folder/val -> folder."""
+    """PNG files in folder/train and folder/val -> folder."""
     from shapes import Shapes
     for split in ("train", "val"):
         for i in range(count):
@@ -133,11 +129,11 @@ def make_images(folder, count=64):
     return Path(folder)
 
 
-def soak(folder, stops, processes=1, total=300, seed=0):
+def soak(folder, stops, processes=1, total=300):
     """Run undisturbed for `total` steps, then with `stops` stops at random times -> differences, a list."""
-    rng, folder = random.Random(seed), Path(folder)
-    flags = f"{FLAGS} --data {make_images(folder / 'images')} --epochs {total // 4} --save_every 0.75 --num_workers 1 " \
-            f"--eval_every {total / 24} --eval_images 60 --out_dir {folder}"
+    rng, folder = random.Random(0), Path(folder)
+    flags = f"{FLAGS} --data {make_images(folder / 'images')} --epochs {total // 4} --save_every 0.75 --num_workers 1" \
+            f" --eval_every {total / 24} --eval_images 60 --out_dir {folder}"
     assert not any(Run(f"{flags}/whole", processes).wait(600))
     for stop in range(stops):
         number, done = rng.choice((signal.SIGKILL, signal.SIGTERM)), len(steps(folder / "cut"))
@@ -148,7 +144,7 @@ def soak(folder, stops, processes=1, total=300, seed=0):
         time.sleep(rng.random() * 0.05)
         run.signal(number)
         codes = run.wait(60)
-        print(f"stop {stop + 1}: {signal.Signals(number).name}, exit codes {codes}, at step {len(steps(folder / 'cut'))}")
+        print(f"stop {stop + 1}: {signal.Signals(number).name} at step {len(steps(folder / 'cut'))}, exit codes {codes}")
         assert {*codes} <= {-number, 128 + number}, run.output()  # a run that ended by itself was not stopped
     assert not any(Run(f"{flags}/cut", processes).wait(600))
     assert steps(folder / "cut") == list(range(1, total + 1))
@@ -159,9 +155,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stops", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(folder, args.stops, args.processes, seed=args.seed)
+        found = soak(folder, args.stops, args.processes)
     print(f"DIFFERENT: {found}" if found else "bitwise the same")
     sys.exit(bool(found))

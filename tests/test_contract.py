@@ -22,8 +22,8 @@ from shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--preset quick --img_size 16 --patch_size 4 --embed_dim 16 --depth 4 --num_heads 2 --decoder_dim 16 " \
-        "--decoder_heads 2 --batch_size 16 --base_lr 1e-2 --warmup_epochs 0.1 --epochs 4 --save_every 0 --eval_every 0 " \
-        "--log_every 1 --device cpu --num_workers 0"
+        "--decoder_heads 2 --batch_size 16 --base_lr 1e-2 --warmup_epochs 0.1 --epochs 4 --save_every 0 " \
+        "--eval_every 0 --log_every 1 --device cpu --num_workers 0"
 STEPS = 8  # 2 an epoch
 
 
@@ -40,7 +40,8 @@ def images(tmp_path_factory):
 
 
 def run(method, images, out, flags="", monkeypatch=None):
-    monkeypatch.setattr(sys, "argv", [method.__file__, *FLAGS.split(), *f"--data {images} --out_dir {out} {flags}".split()])
+    flags = f"{FLAGS} --data {images} --out_dir {out} {flags}"
+    monkeypatch.setattr(sys, "argv", [method.__file__, *flags.split()])
     method.main()
 
 
@@ -116,15 +117,17 @@ def test_a_run_learns_stops_resumes_and_exports(method, images, tmp_path, monkey
     model.load_state_dict(a["model"])
     encoder = getattr(model, "exported", model.encoder)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.norm(encoder(imgs)[-1]), vit.eval().forward_features(imgs), atol=1e-5, rtol=0)
+        features = encoder.norm(encoder(imgs)[-1])
+        torch.testing.assert_close(features, vit.eval().forward_features(imgs), atol=1e-5, rtol=0)
     assert file["config"]["embed_dim"] == 16 and file["config"]["method"] == type(model).__name__.lower()
 
 
 def test_processes_and_micro_batches_change_nothing(method, images, tmp_path, monkeypatch):
     run(method, images, tmp_path / "one", monkeypatch=monkeypatch)
     run(method, images, tmp_path / "micro", "--micro_batch 4", monkeypatch)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", method.__file__,
-                    *FLAGS.split(), "--data", images, "--out_dir", tmp_path / "two", "--micro_batch", "4"], check=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", method.__file__]
+    flags = [*FLAGS.split(), "--data", images, "--out_dir", tmp_path / "two", "--micro_batch", "4"]
+    subprocess.run([*torchrun, *flags], check=True)
     for name in ("micro", "two"):
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / name), strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["lr"] == a["lr"]
@@ -134,7 +137,8 @@ def test_processes_and_micro_batches_change_nothing(method, images, tmp_path, mo
 def test_every_equation_and_every_flag_is_in_the_code(method):
     text = open(method.__file__).read()
     body = text.replace(method.__doc__, "")
-    assert set(re.findall(r"Eq\. \d", method.__doc__)) == set(re.findall(r"Eq\. \d", body[body.index("# --- masking"):]))
+    told, done = (set(re.findall(r"Eq\. \d", part)) for part in (method.__doc__, body[body.index("# --- masking"):]))
+    assert told == done
     assert 1 <= text.count("Fork here:") <= 4
     read = text + open(common.__file__).read()
     for name in method.Config.__annotations__:

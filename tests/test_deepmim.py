@@ -21,10 +21,9 @@ SMALL = dict(img_size=32, patch_size=4, embed_dim=24, depth=6, num_heads=2, deco
              decoder_depth=1)
 
 
-def batch(B=3, seed=0, N=64):
-    rng = np.random.default_rng(seed)
-    ids = np.stack([rng.permutation(N) for _ in range(B)])
-    return torch.randn(B, 3, 32, 32, generator=torch.manual_seed(seed)), torch.from_numpy(ids)
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(3, 3, 32, 32), torch.stack([torch.randperm(64) for _ in range(3)])
 
 
 def stir(model):
@@ -41,9 +40,9 @@ def make(**options):
     return stir(deepmim.DeepMIM(deepmim.Config(**SMALL | options)))
 
 
-def save(model, path, **config):
+def save(model, path):
     """As train saves last.pt."""
-    torch.save(dict(model=model.state_dict(), about=dataclasses.asdict(model.cfg) | config), path)
+    torch.save(dict(model=model.state_dict(), about=vars(model.cfg)), path)
     return str(path)
 
 
@@ -102,11 +101,6 @@ def test_parameter_counts():
     assert count(deepmim.Decoder(768, 512, 4, 16, (14, 14), 512)) == 13_267_456
 
 
-def test_taps_of_other_depths():
-    for depth, taps in ((24, [12, 16, 20, 24]), (12, [6, 8, 10, 12]), (6, [3, 4, 5, 6]), (4, [2, 3, 4]), (1, [1])):
-        assert deepmim.Config(depth=depth).supervised == taps
-
-
 # --- hybrid targets ---------------------------------------------------------------------------------------------------
 
 def test_hybrid_targets(tmp_path):
@@ -127,9 +121,7 @@ def test_hybrid_targets(tmp_path):
                 want = (t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True)
             torch.testing.assert_close(target, want, atol=2e-4, rtol=1e-4)
         assert count(model) == count(plain) and model.state_dict().keys() == plain.state_dict().keys()
-        assert all(torch.equal(v, model.state_dict()[k]) for k, v in plain.state_dict().items())  # loading draws nothing
-        ones = make(hybrid=file, hybrid_space=space, alpha=(1.0, 1.0, 1.0, 1.0))
-        assert ones(imgs, ids)[0].item() == pytest.approx(plain(imgs, ids)[0].item(), rel=1e-5)
+        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())  # loading draws nothing
 
 
 @torch.no_grad()
@@ -157,13 +149,10 @@ def clusters(B, k, noise):
     return torch.eye(16)[truth] + noise * torch.randn(B, 64, 16, generator=g), truth
 
 
-def test_kmeans_finds_clusters_also_under_autocast():
+def test_kmeans_finds_clusters():
     tokens, truth = clusters(5, 4, 0.05)
-    assert torch.equal(targets.kmeans(tokens, torch.arange(4).expand(5, -1)), truth)
-    tokens, (_, ids) = torch.randn(3, 64, 24).cumsum(1), batch()
     with torch.autocast("cpu", torch.bfloat16):
-        low = targets.kmeans(tokens, ids[:, :6])
-    assert torch.equal(low, targets.kmeans(tokens, ids[:, :6]))
+        assert torch.equal(targets.kmeans(tokens + 100, torch.arange(4).expand(5, -1)), truth)  # alike in bf16
 
 
 def test_semantic_guided_masks_parts_as_the_loop_says():
@@ -187,12 +176,11 @@ def test_semantic_guided_masks_parts_as_the_loop_says():
             assert new == [n for n in order if n not in masked] + masked
 
 
-def test_schedule_goes_from_parts_of_parts_to_whole_parts_and_is_saved():
+def test_schedule_goes_to_whole_parts_and_is_saved():
     model = make(epochs=300)
-    assert model.whole == 0
     for step, whole in ((300, 0.01), (1500, 0.25), (3000, 1.0)):  # SemMAE's code: 1 - whole = 1 - (epoch / epochs)^2
         model.after_step(step, 10)
-        assert model.whole.item() == pytest.approx(whole) and model.state_dict()["whole"].item() == pytest.approx(whole)
+        assert model.state_dict()["whole"].item() == pytest.approx(whole)
 
 
 def test_semantic_aware_keeps_what_cls_attends_to():
@@ -216,10 +204,7 @@ def test_masks_come_from_the_mask_network(files):
     assert torch.equal(guided.reorder(imgs, ids), targets.semantic_guided(tokens[:, 1:], ids, 0.75, torch.zeros(())))
     _, attention = targets.clip(files["clip"]).tokens(imgs, (8, 8))
     assert torch.equal(aware.reorder(imgs, ids), targets.semantic_aware(attention, ids))
-    assert not torch.equal(aware.reorder(imgs, ids), ids) and torch.equal(make().reorder(imgs, ids), ids)
-
-
-def test_an_unknown_mask_is_refused():
+    assert torch.equal(make().reorder(imgs, ids), ids)
     with pytest.raises(ValueError, match="unknown mask cross"):
         deepmim.draw_mask(np.random.default_rng(0), dataclasses.replace(deepmim.Config(), mask="cross"))
 
@@ -326,8 +311,7 @@ def nested(weights):
     for name, value in weights.items():
         node, (*parents, leaf) = root, name.split(".")
         for part in parents:
-            if not hasattr(node, part):
-                node.add_module(part, nn.Module())
+            node.add_module(part, getattr(node, part, nn.Module()))
             node = getattr(node, part)
         node.register_parameter(leaf, nn.Parameter(value))
     return root
@@ -394,16 +378,12 @@ def test_preview_of_perfect_predictions(target, files, monkeypatch):
     assert list(panels) == ["input", "masked"] + ["target"] * (target != "pixel") + [f"block {g}" for g in model.taps]
     for g in model.taps:
         torch.testing.assert_close(panels[f"block {g}"], panels.get("target", imgs), atol=1e-4, rtol=1e-4)
-    for b in range(3):
-        for place, n in enumerate(ids[b].tolist()):
-            patch = (b, slice(None), slice(n // 8 * 4, n // 8 * 4 + 4), slice(n % 8 * 4, n % 8 * 4 + 4))
-            assert torch.equal(panels["masked"][patch], imgs[patch]) == (place < 16)
-            if target == "hog":
-                want = targets.hog(imgs, 4)[b, n] if place >= 16 else torch.zeros(108)
-                assert torch.equal(panels["target"][b, n // 8, n % 8], want)
+    visible = torch.zeros(3, 64, dtype=torch.bool).scatter(1, ids[:, :16], True).view(3, 8, 8)
+    shown = F.max_pool2d((panels["masked"] - imgs).abs().amax(1), 4) == 0
+    assert torch.equal(shown, visible) and (target == "pixel" or torch.equal(panels["target"].any(-1), ~visible))
 
 
-QUICK = "--preset quick --embed_dim 48 --num_heads 2 --decoder_dim 32 --base_lr 2e-2 --warmup_epochs 0.01 --log_every 1 " \
+QUICK = "--preset quick --embed_dim 48 --num_heads 2 --decoder_dim 32 --base_lr 2e-2 --warmup_epochs 0.01 --log_every 1 "\
         "--eval_every 0 --device cpu --num_workers 0"
 
 
@@ -432,13 +412,10 @@ def test_every_target_and_mask_trains(flags, files, tmp_path, monkeypatch):
     ("--alpha 0 0.5 1", "--alpha takes 3 values between 0 and 1, and needs --hybrid"),
     ("--target clip", "--target_file goes with --target dino, clip, or codebook"),
     ("--target clip --target_file {dino}", "dino has no visual.proj and no visual.ln_pre.weight"),
-    ("--target dino --target_file {tmp}/wide", "wide: 1 of 30 tensors are missing, misshapen"),
     ("--target dino --target_file {tmp}/more", "more is not a plain ViT with 64 channels per head"),
     ("--hybrid {tmp}/hog.pt", "hog.pt predicts hog, not pixels")])
 def test_bad_input(flags, message, files, tmp_path, monkeypatch, capsys):
-    weights = vit(num_classes=0).state_dict()
-    torch.save(weights | {"blocks.0.attn.qkv.weight": torch.zeros(384, 100)}, tmp_path / "wide")
-    torch.save(weights | {"blocks.0.ls1.gamma": torch.zeros(128)}, tmp_path / "more")
+    torch.save(vit(num_classes=0).state_dict() | {"blocks.0.ls1.gamma": torch.zeros(128)}, tmp_path / "more")
     save(make(target="hog"), tmp_path / "hog.pt")
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, f"{flags.format(**files, tmp=tmp_path)} --out_dir {tmp_path / 'new'}")
@@ -450,6 +427,8 @@ def test_defaults_are_the_papers_recipe():
     cfg = common.parse(deepmim.Config, deepmim.PRESETS, argv=[])
     paper = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mask="random", mask_ratio=0.75,
                  supervised=[6, 8, 10, 12], shared_decoder=False, target="pixel", norm_pix=True, hybrid="",
-                 decoder_depth=4, decoder_dim=512, decoder_heads=16, epochs=300, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4,
-                 min_lr=0, weight_decay=0.05, adam_betas=(0.9, 0.95), crop_min=0.2)
+                 decoder_depth=4, decoder_dim=512, decoder_heads=16, epochs=300, warmup_epochs=40, batch_size=4096,
+                 base_lr=1.5e-4, min_lr=0, weight_decay=0.05, adam_betas=(0.9, 0.95), crop_min=0.2)
     assert {k: getattr(cfg, k) for k in paper} == paper
+    for depth, taps in ((24, [12, 16, 20, 24]), (6, [3, 4, 5, 6]), (4, [2, 3, 4]), (1, [1])):
+        assert deepmim.Config(depth=depth).supervised == taps

@@ -32,8 +32,9 @@ def slow_teacher(model, img, ids):
     """One image, one fold, token after token -> (T, D)."""
     vit = model.teacher
     patches = [img[:, n // 8 * 4:n // 8 * 4 + 4, n % 8 * 4:n % 8 * 4 + 4] for n in ids]
-    x = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]] + [(vit.patch_embed.proj.weight * p).sum((1, 2, 3)) + vit.patch_embed.proj.bias
-                                 + vit.pos_embed[0, 1 + n] for p, n in zip(patches, ids)]
+    weight, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
+    x = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
+    x += [(weight * p).sum((1, 2, 3)) + bias + vit.pos_embed[0, 1 + n] for p, n in zip(patches, ids)]
     x = torch.stack(x).unsqueeze(0)
     for block in vit.blocks:
         x = block(x)
@@ -146,7 +147,8 @@ def test_teacher_gets_no_gradient_and_starts_as_told():
     imgs, ids = batch()
     model(imgs, ids)[0].backward()
     assert all(p.grad is None for p in model.teacher.parameters())
-    assert all(p.grad is not None for p in [*model.encoder.parameters(), *model.decoder.parameters()] if p.requires_grad)
+    learning = [*model.encoder.parameters(), *model.decoder.parameters()]
+    assert all(p.grad is not None for p in learning if p.requires_grad)
     copy, own = (sdae.SdAE(sdae.Config(**SMALL, teacher_init=how)) for how in ("copy", "independent"))
     assert all(torch.equal(v, copy.teacher.state_dict()[k]) for k, v in copy.encoder.state_dict().items())
     assert not torch.equal(own.encoder.blocks[0].mlp.fc1.weight, own.teacher.blocks[0].mlp.fc1.weight)
@@ -181,7 +183,8 @@ def test_monitor_tells_of_collapse():
     model = make()
     imgs, ids = batch()
     healthy = model(imgs, ids)[1]
-    x = torch.stack([slow_teacher(model, imgs[b], ids[b, at:at + 16].tolist()) for b in range(3) for at in (16, 32, 48)])
+    folds = [(imgs[b], ids[b, at:at + 16].tolist()) for b in range(3) for at in (16, 32, 48)]
+    x = torch.stack([slow_teacher(model, *fold) for fold in folds])
     x = x.detach().flatten(0, 1).numpy()
     cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in x for b in x]
     assert healthy["teacher_std"].item() == pytest.approx(x.std(0).mean(), rel=1e-4)
@@ -221,7 +224,7 @@ def test_preview_shows_folds_and_targets(options, L):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--folds 0", "--folds must be finite and at least 1"), ("--folds 148", "--folds or --crop_ratio leaves the teacher no patch"),
+    ("--folds 0", "--folds must be finite and at least 1"), ("--folds 148", "--folds or --crop_ratio leaves"),
     ("--feed crop --crop_ratio 0.001", "leaves the teacher no patch"), ("--drop_path 1", "--drop_path must be below 1"),
     ("--momentum 0.9", "--momentum takes 2 values"), ("--cosine_axis tokens", "invalid choice: 'tokens'")])
 def test_bad_flags(flags, message, capsys):

@@ -464,8 +464,10 @@ def predict(model, cfg, classes, device, autocast):
     largest = [k for k in fraction.argsort()[::-1][:10] if fraction[k] >= 0.005]
     figure.legend(handles=[Patch(color=colors[k], label=f"{classes[k]} {fraction[k]:.0%}") for k in largest],
                   loc="outside lower center", ncols=5, frameon=False)
-    with common.replacing(Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_segmented.png") as path:
-        figure.savefig(path, dpi=110)
+    path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_segmented.png"
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    common.print0(f"wrote {path}")
 
 
 # --- shared with detect.py: from --init to the run --------------------------------------------------------------------

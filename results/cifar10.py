@@ -1,0 +1,96 @@
+"""
+All methods on CIFAR-10 at equal budgets: nearest neighbors, linear probe, and fine-tuning.
+
+    python results/cifar10.py --data ./cifar10 --out_dir out/cifar10        # four hours on two cores
+
+The same command resumes the study; finished runs are not repeated. Each run is one command of this repository, printed
+when it starts. `--data` is CIFAR-10 as train/ and val/ of class folders, or torchvision's name CIFAR10. The rows:
+    untrained    linear probe and nearest neighbors of a random encoder
+    scratch      the epochs of fine-tuning without pretraining
+    mae, deepmim, ddae, sdae
+All methods pretrain for the same steps with the same encoder, crops, batch size, and learning rate. Only MAE's decoder
+is deeper, so that it costs about as much as DeepMIM's four.
+"""
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import ddae  # noqa: E402
+
+SIZES = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
+SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZES.items())
+PRETRAIN = SIZE_FLAGS + " --decoder_dim 96 --decoder_heads 3 --batch_size 64 --base_lr 6e-3 --epochs 4 " \
+    "--warmup_epochs 0.4 --log_every 50 --eval_every 0.5 --eval_images 5000"
+METHODS = {
+    "mae": "deepmim.py --taps 6 --decoder_depth 4",
+    "deepmim": "deepmim.py --decoder_depth 2",
+    "ddae": "ddae.py --K 3 --momentum 0.99 --decoder_depth 2",
+    "sdae": "sdae.py --drop_path 0 --decoder_depth 2",
+}
+FINETUNE = "finetune.py --preset quick --epochs 2 --warmup_epochs 0.4 --log_every 50"
+SCRATCH = f"finetune.py --preset quick_scratch {SIZE_FLAGS} --epochs 2 --warmup_epochs 0.4 --log_every 50"
+LINEAR = "finetune.py --preset quick_linear --epochs 2 --log_every 50"
+
+
+def run(command, out_dir):
+    """Run a command of the repository, unless it has finished before -> its output."""
+    done = out_dir / "done.txt"
+    if not done.exists():
+        print(f"python {command} --out_dir {out_dir}", flush=True)
+        script, *flags = shlex.split(command)
+        job = subprocess.run([sys.executable, ROOT / script, *flags, "--out_dir", out_dir], stdout=subprocess.PIPE,
+                             text=True)
+        if job.returncode:
+            sys.exit(f"{command}: exit code {job.returncode}\n{job.stdout[-500:]}")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with common.replacing(done) as path:
+            path.write_text(job.stdout)
+    return done.read_text()
+
+
+def accuracy(command, out_dir):
+    """Run a command of finetune.py -> accuracy of the last model on val/, percent."""
+    run(command, out_dir)
+    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return f"{[line['acc1'] for line in lines if 'acc1' in line][-1]:.1f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out_dir", type=Path, default=Path("out/cifar10"))
+    parser.add_argument("--flags", default="", help="further flags of every run, such as '--num_workers 1'")
+    args = parser.parse_args()
+    end = f"--data {shlex.quote(args.data)} {args.flags}"
+
+    untrained = args.out_dir / "untrained" / "encoder.pt"
+    untrained.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    with common.replacing(untrained) as path:
+        torch.save(dict(model=ddae.ViT(**SIZES).state_dict(), config=SIZES), path)
+
+    rows = [("scratch", "", "", accuracy(f"{SCRATCH} {end}", args.out_dir / "scratch"))]
+    for name in ("untrained", *METHODS):
+        out, tuned = args.out_dir / name, ""
+        init = f"--init {shlex.quote(str(out / 'encoder.pt'))} {end}"
+        if name in METHODS:
+            run(f"{METHODS[name]} {PRETRAIN} {end}", out)
+            tuned = accuracy(f"{FINETUNE} {init}", out / "finetune")
+        found = run(f"finetune.py --mode knn --eval_images 10000 {init}", out / "knn")
+        knn = f"{float(re.search(r'knn +([0-9.]+)', found)[1]):.1f}"
+        rows.append((name, knn, accuracy(f"{LINEAR} {init}", out / "linear"), tuned))
+    print("| encoder | kNN | linear | fine-tuned |\n|---|---|---|---|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
