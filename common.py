@@ -424,10 +424,10 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     """Train `model` on `samples`. The same command resumes a stopped run, bitwise on CPU.
 
     optimizer(model, cfg): groups may have an "lr_scale". schedule(step, steps_per_epoch, cfg) -> learning rate.
-    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: finetune.evaluate_encoder.
+    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: analyze.evaluate_encoder.
     """
     if cfg.eval_every and not evaluate:
-        from finetune import evaluate_encoder as evaluate
+        from analyze import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
     out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
     accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step

@@ -39,7 +39,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -48,6 +47,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
+from analyze import choose, embed, knn_accuracy, read_center, read_each, sync_buffers
 from ddae import Block, ViT, init_weights
 
 
@@ -153,14 +153,6 @@ class Samples(common.Samples):
 
     def sample(self, item, rng):
         return self.crop(item[0]), item[1]
-
-
-def read_center(source, cfg, i):
-    """Resize the shorter side to img_size / crop_pct and cut out the center -> uint8 (3, S, S), label, i."""
-    image, label = source[i]
-    side = [round(cfg.img_size / getattr(cfg, "crop_pct", 1.0))]  # pretraining does not crop
-    image = v2.functional.resize(common.to_rgb(image), side, InterpolationMode.BICUBIC)
-    return v2.functional.center_crop(image, [cfg.img_size]), label, i
 
 
 # --- ViT files --------------------------------------------------------------------------------------------------------
@@ -345,37 +337,6 @@ def make_optimizer(model, cfg):
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
-class Attempt(torch.utils.data.Dataset):
-    """[i] -> read(i) and {}, or None and {file: reason}."""
-
-    def __init__(self, read, source):
-        self.read, self.source = read, source
-
-    def __getitem__(self, i):
-        try:
-            return self.read(i), {}
-        except Exception as error:  # broken files raise nearly anything
-            return None, {common.name_of(self.source, i): f"{type(error).__name__}: {error}"}
-
-
-def read_each(read, source, ids, cfg, batch_size=100):
-    """Yield lists of read(i) for this process's share of `ids`; all must exhaust it. Names and limits broken files."""
-    new_bad, mine = {}, ids[common.RANK::common.WORLD]
-    for pairs in common.make_loader(Attempt(read, source), cfg, batch_size=batch_size, sampler=mine, collate_fn=list):
-        for _, bad in pairs:
-            new_bad |= bad
-        if items := [item for item, bad in pairs if not bad]:
-            yield items
-    common.note_bad({}, new_bad, len(ids), cfg)
-
-
-def sync_buffers(model):
-    """Give all processes the first one's buffers: each has its own batch statistics."""
-    if common.WORLD > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
 @torch.no_grad()
 def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None):
     """Classify every image of `source` (None: val/) once -> acc1, acc5 (percent), val_loss, val_images by name.
@@ -400,57 +361,6 @@ def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None)
         dist.all_reduce(sums)
     right1, right5, loss, n = sums.tolist()
     return dict(acc1=100 * right1 / n, acc5=100 * right5 / n, val_loss=loss / n, val_images=n)
-
-
-@torch.no_grad()
-def embed(encoder, source, ids, cfg, device, autocast):
-    """Mean patch features of the last block, of length 1, for all `ids` in all processes -> (n, D), labels (n,)."""
-    parts = [(torch.empty(0, cfg.embed_dim), torch.empty(0, dtype=torch.long))]
-    for items in read_each(functools.partial(read_center, source, cfg), source, ids, cfg):
-        imgs, labels = default_collate(items)[:2]
-        with autocast:
-            tokens = encoder.norm(encoder(common.to_device(imgs, labels, device)[0])[-1])  # (B, 1 + N, D)
-        parts.append((F.normalize(tokens[:, 1:].float().mean(1)).cpu(), labels))
-    return [torch.cat(x).to(device) for x in zip(*sum(common.gather(parts), []))]
-
-
-def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Percent of queries (n, D) whose weighted vote of the k nearest in bank (m, D) is right; all are of length 1."""
-    right, C = 0, 1 + int(max(labels.max(), bank_labels.max()))
-    for part, truth in zip(queries.split(500), labels.split(500)):
-        similarity, ids = (part @ bank.T).topk(min(k, len(bank)))  # (500, k)
-        votes = torch.zeros(len(part), C, device=bank.device)
-        votes.scatter_add_(1, bank_labels[ids], (similarity / temperature).exp())
-        right += (votes.argmax(1) == truth).sum().item()
-    return 100 * right / len(queries)
-
-
-def choose(n, limit):
-    """`limit` of n numbers, always the same; 0: all."""
-    return np.random.default_rng(0).permutation(n)[:limit or n].tolist()
-
-
-@torch.no_grad()
-def evaluate_encoder(model, cfg, device, autocast, samples):
-    """For pretraining: loss and metrics on val/, always with the same masks; with labels also kNN accuracy -> by name.
-
-    kNN is weighted as in DINO, k = 20. Exact for any number of processes.
-    """
-    train, val, found, rows = samples.source, common.open_data(cfg, "val"), {}, []
-    ids = choose(len(val), max(1, cfg.eval_images // 5))
-    if getattr(train, "classes", []) != [""]:
-        encoder = getattr(model, "exported", model.encoder)
-        bank = embed(encoder, train, choose(len(train), cfg.eval_images), cfg, device, autocast)
-        found["knn"] = knn_accuracy(*bank, *embed(encoder, val, ids, cfg, device, autocast))
-    for items in read_each(functools.partial(read_center, val, cfg), val, ids, cfg):
-        imgs, _, numbers = zip(*items)
-        draws = [samples.draw(np.random.default_rng((0, i)), cfg) for i in numbers]  # the same for every seed
-        with autocast:
-            loss, metrics = model(*common.to_device(default_collate(imgs), default_collate(draws), device))
-        rows.append((len(imgs), {k: v.item() for k, v in dict(loss=loss, **metrics).items()}))
-    rows = sum(common.gather(rows), [])  # the batches of all processes
-    n = sum(count for count, _ in rows)
-    return found | {f"val_{k}": sum(count * row[k] for count, row in rows) / n for k in rows[0][1]}
 
 
 # --- main -------------------------------------------------------------------------------------------------------------

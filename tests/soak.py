@@ -25,7 +25,8 @@ os.environ["PYTHONPATH"] = ROOT  # the server ignores sys.path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ddae", "finetune", "analyze"])
 FLAGS = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2" \
-        " --decoder_depth 1 --base_lr 1e-2 --warmup_epochs 0.5 --batch_size 16 --log_every 1 --save_every 0 --device cpu"
+        " --decoder_depth 1 --base_lr 1e-2 --warmup_epochs 0.5 --batch_size 16 --log_every 1 --save_every 0 --epochs 3" \
+        " --device cpu --num_workers 0"
 RUNS = []  # all that were started, for whoever must clean up
 
 
@@ -133,18 +134,18 @@ def soak(folder, stops, processes=1, total=300):
     """Run undisturbed for `total` steps, then with `stops` stops at random times -> differences, a list."""
     rng, folder = random.Random(0), Path(folder)
     flags = f"{FLAGS} --data {make_images(folder / 'images')} --epochs {total // 4} --save_every 0.75 --num_workers 1" \
-            f" --eval_every {total / 24} --eval_images 60 --out_dir {folder}"
+            f" --eval_every {total / 12} --eval_images 60 --out_dir {folder}"
     assert not any(Run(f"{flags}/whole", processes).wait(600))
     for stop in range(stops):
         number, done = rng.choice((signal.SIGKILL, signal.SIGTERM)), len(steps(folder / "cut"))
         goal = done + rng.randint(0, 2 * (total - done) // (stops - stop + 3))
         run = Run(f"{flags}/cut", processes)
         while run.alive() and len(steps(folder / "cut")) < goal:
-            time.sleep(0.002)
+            time.sleep(0.02)
         time.sleep(rng.random() * 0.05)
         run.signal(number)
         codes = run.wait(60)
-        print(f"stop {stop + 1}: {signal.Signals(number).name} at step {len(steps(folder / 'cut'))}, exit codes {codes}")
+        print(f"stop {stop + 1}: {signal.Signals(number).name}, exit codes {codes}, step {len(steps(folder / 'cut'))}")
         assert {*codes} <= {-number, 128 + number}, run.output()  # a run that ended by itself was not stopped
     assert not any(Run(f"{flags}/cut", processes).wait(600))
     assert steps(folder / "cut") == list(range(1, total + 1))

@@ -40,12 +40,6 @@ def make(**options):
     return stir(deepmim.DeepMIM(deepmim.Config(**SMALL | options)))
 
 
-def save(model, path):
-    """As train saves last.pt."""
-    torch.save(dict(model=model.state_dict(), about=vars(model.cfg)), path)
-    return str(path)
-
-
 # --- the method -------------------------------------------------------------------------------------------------------
 
 def test_one_tap_is_mae():
@@ -61,14 +55,10 @@ def test_one_tap_is_mae():
 def test_loss_is_the_sum_of_maes_losses(shared, norm_pix):
     model = make(shared_decoder=shared, norm_pix=norm_pix)
     imgs, ids = batch()
-    outputs = []
-    for block in model.encoder.blocks:
-        block.register_forward_hook(lambda m, i, o: outputs.append(o))
+    outputs, total = model.encoder(imgs, ids[:, :16]), 0
     loss, metrics = model(imgs, ids)
-    assert list(model.taps) == [3, 4, 5, 6] and len(model.decoders) == (1 if shared else 4)
-    mask = torch.ones(3, 64).scatter(1, ids[:, :16], 0)
-    total = 0
-    for i, g in enumerate(model.taps):
+    assert len(metrics) == 4 and len(model.decoders) == (1 if shared else 4)
+    for i, g in enumerate((3, 4, 5, 6)):
         decoder = model.decoders[0 if shared else i]
         x = decoder.decoder_embed(outputs[g - 1] if g < 6 else model.encoder.norm(outputs[5]))
         tokens = torch.cat((x[:, 1:], decoder.mask_token.expand(3, 48, -1)), 1)
@@ -80,63 +70,43 @@ def test_loss_is_the_sum_of_maes_losses(shared, norm_pix):
         target = F.unfold(imgs, 4, stride=4).view(3, 3, 16, 64).permute(0, 3, 2, 1).flatten(2)
         if norm_pix:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        error = ((pred - target) ** 2).mean(-1)
-        error = (error * mask).sum() / mask.sum()
+        error = ((pred - target) ** 2).mean(-1).gather(1, ids[:, 16:]).mean()
         assert metrics[f"pixel/{g}"].item() == pytest.approx(error.item(), rel=1e-5)
         total = total + error
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def test_parameter_counts():
+    def count(module):
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
     model = deepmim.DeepMIM(deepmim.Config())
     assert [count(d) for d in model.decoders] == [13_398_784] * 4
     frozen = model.encoder.pos_embed.numel() + model.decoders[0].decoder_pos_embed.numel()  # the code has one for all
     assert count(model) + frozen == 139_494_656
-    mae = deepmim.DeepMIM(deepmim.Config(taps=(12,), decoder_depth=8))
-    assert sum(p.numel() for p in mae.parameters()) == 111_907_840
+    assert count(deepmim.DeepMIM(deepmim.Config(taps=(12,), decoder_depth=8))) + frozen == 111_907_840  # MAE's
     assert count(deepmim.Decoder(768, 512, 4, 16, (14, 14), 512)) == 13_267_456
 
 
-# --- hybrid targets ---------------------------------------------------------------------------------------------------
-
 def test_hybrid_targets(tmp_path):
-    imgs, ids = batch()
-    mae = make(taps=(6,), decoder_depth=2, decoder_heads=1)
-    file = save(mae, tmp_path / "last.pt")
-    x_hat = mae.decode(mae.encode(imgs, ids[:, :16]), ids)[0]
+    (imgs, ids), mae, plain = batch(), make(decoder_heads=1), make()
     x = torch.stack([ddae.patchify(imgs, 4)[b, ids[b, 16:]] for b in range(3)])
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-    plain = make()
-    for space in ("normalized", "raw"):
-        model = make(hybrid=file, hybrid_space=space)
+    x_hat = mae.decode(mae.encode(imgs, ids[:, :16]), ids)[-1]  # by the deepest of its four decoders
+    torch.save(dict(model=mae.state_dict(), about=vars(mae.cfg)), tmp_path / "last.pt")
+    names = {k.removeprefix("encoder.").removeprefix("decoders.3."): v for k, v in mae.state_dict().items()}
+    torch.save(dict(model=names, about=dict(num_heads=2, decoder_heads=1)), tmp_path / "mae.pth")
+    cases = ("last.pt", "file", "normalized"), ("last.pt", "file", "raw"), ("mae.pth", "no", "normalized")
+    for file, norm_pix, space in cases:
+        model = make(hybrid=str(tmp_path / file), hybrid_norm_pix=norm_pix, hybrid_space=space)
         for a, target in zip((0, 1 / 3, 2 / 3, 1), model.targets(imgs, ids)):
-            if space == "normalized":
-                want = a * (x - mean) / std + (1 - a) * x_hat
-            else:
-                t = a * x + (1 - a) * (x_hat * std + mean)
-                want = (t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True)
+            want = a * (x - mean) / std + (1 - a) * (x_hat if norm_pix == "file" else (x_hat - mean) / std)
+            if space == "raw":  # the same as blending pixels, up to the mean and deviation of the blend
+                want = (want - want.mean(-1, keepdim=True)) / want.std(-1, keepdim=True)
             torch.testing.assert_close(target, want, atol=2e-4, rtol=1e-4)
-        assert count(model) == count(plain) and model.state_dict().keys() == plain.state_dict().keys()
-        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())  # loading draws nothing
-
-
-@torch.no_grad()
-def test_generator_takes_the_deepest_decoder_and_maes_own_names(tmp_path):
-    model, (imgs, ids) = make(), batch()
-    want = model.decode(model.encode(imgs, ids[:, :16]), ids)[-1]
-    cfg = deepmim.Config(**SMALL, hybrid=save(model, tmp_path / "last.pt"))
-    torch.testing.assert_close(deepmim.Generator(cfg)(imgs, ids[:, :16], ids), want)
-    assert make(hybrid=cfg.hybrid, taps=(6,)).alpha.flatten().tolist() == [1.0]
-    names = {k.removeprefix("encoder.").removeprefix("decoders.3."): v for k, v in model.state_dict().items()}
-    torch.save(dict(model=names, about=dict(num_heads=2, decoder_heads=2)), tmp_path / "mae.pth")
-    raw = make(hybrid=str(tmp_path / "mae.pth"), hybrid_norm_pix="no")  # its pixels are normalized like the image
-    patches = deepmim.take(deepmim.patchify(imgs, 4), ids[:, 16:])
-    x_hat = (want - patches.mean(-1, keepdim=True)) / patches.std(-1, keepdim=True)
-    torch.testing.assert_close(raw.targets(imgs, ids)[0], x_hat, atol=1e-4, rtol=1e-4)
+        assert [*dict(model.named_parameters())] == [*dict(plain.named_parameters())]
+        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
+    assert make(hybrid=str(tmp_path / "last.pt"), taps=(6,)).alpha.flatten().tolist() == [1]
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -174,9 +144,6 @@ def test_semantic_guided_masks_parts_as_the_loop_says():
                 if seen[p] <= round((1 - whole) * round(sizes[p] * 0.75) + whole * entire[p]):
                     masked.append(n)
             assert new == [n for n in order if n not in masked] + masked
-
-
-def test_schedule_goes_to_whole_parts_and_is_saved():
     model = make(epochs=300)
     for step, whole in ((300, 0.01), (1500, 0.25), (3000, 1.0)):  # SemMAE's code: 1 - whole = 1 - (epoch / epochs)^2
         model.after_step(step, 10)
@@ -191,8 +158,6 @@ def test_semantic_aware_keeps_what_cls_attends_to():
     assert torch.equal(got.sort(1)[0], torch.arange(196).expand(8000, -1))
     first = torch.bincount(got[:, 0], minlength=196) / 8000
     torch.testing.assert_close(first, p, atol=0.02, rtol=0)
-    second = torch.bincount(got[got[:, 0] == 0, 1], minlength=196)[:4].float()
-    torch.testing.assert_close(second / second.sum(), torch.tensor([0, 0.5, 0.3, 0.2]), atol=0.03, rtol=0)
     assert set(got[:, :4].flatten().tolist()) == {0, 1, 2, 3}  # what has no attention comes last
 
 
@@ -202,7 +167,7 @@ def test_masks_come_from_the_mask_network(files):
     aware = make(mask="semantic_aware", mask_file=files["clip"])
     tokens, _ = targets.dino(files["dino"]).tokens(imgs, (8, 8))
     assert torch.equal(guided.reorder(imgs, ids), targets.semantic_guided(tokens[:, 1:], ids, 0.75, torch.zeros(())))
-    _, attention = targets.clip(files["clip"]).tokens(imgs, (8, 8))
+    attention = targets.clip(files["clip"]).tokens(imgs, (8, 8))[1]
     assert torch.equal(aware.reorder(imgs, ids), targets.semantic_aware(attention, ids))
     assert torch.equal(make().reorder(imgs, ids), ids)
     with pytest.raises(ValueError, match="unknown mask cross"):
@@ -213,28 +178,22 @@ def test_masks_come_from_the_mask_network(files):
 
 def slow_hog(img, patch):
     """img (3, H, W) -> (N, 108), pixel by pixel."""
-    C, H, W = img.shape
-    cell, h, w = patch // 2, H // patch, W // patch
-    out = np.zeros((h * w, C, 9, 2, 2))
-    for c in range(C):
-        x = np.pad(img[c].astype(np.float64), 1, mode="reflect")
-        for i in range(H):
-            for j in range(W):
-                window = x[i:i + 3, j:j + 3]
-                gx = (window[:, 0] - window[:, 2]) @ [1, 2, 1]
-                gy = (window[0] - window[2]) @ [1, 2, 1]
-                b = math.floor(math.atan2(gx, gy) / math.pi * 9) % 9
-                out[i // patch * w + j // patch, c, b, i % patch // cell, j % patch // cell] += math.hypot(gx, gy)
-    norm = np.sqrt((out ** 2).sum(2, keepdims=True))
+    cell, h, w = patch // 2, img.shape[1] // patch, img.shape[2] // patch
+    x, out = np.pad(img.astype(np.float64), ((0, 0), (1, 1), (1, 1)), mode="reflect"), np.zeros((h, w, 3, 9, 2, 2))
+    for c, i, j in np.ndindex(img.shape):
+        window = x[c, i:i + 3, j:j + 3]
+        gx = (window[:, 0] - window[:, 2]) @ [1, 2, 1]
+        gy = (window[0] - window[2]) @ [1, 2, 1]
+        b = math.floor(math.atan2(gx, gy) / math.pi * 9) % 9
+        out[i // patch, j // patch, c, b, i % patch // cell, j % patch // cell] += math.hypot(gx, gy)
+    norm = np.sqrt((out ** 2).sum(3, keepdims=True))
     return (out / np.maximum(norm, 1e-12)).reshape(h * w, -1)
 
 
 @pytest.mark.parametrize("patch", [4, 16])
 def test_hog_equals_a_loop_over_pixels(patch):
     imgs = torch.randn(2, 3, 32, 48, generator=torch.manual_seed(0))
-    got = targets.hog(imgs, patch)
-    assert got.shape == (2, 6 * 16 ** 2 // patch ** 2, targets.HOG_DIM)
-    for img, mine in zip(imgs.numpy(), got.numpy()):
+    for img, mine in zip(imgs.numpy(), targets.hog(imgs, patch).numpy(), strict=True):
         np.testing.assert_allclose(mine, slow_hog(img, patch), atol=2e-5)
 
 
@@ -266,20 +225,18 @@ def clip_weights():
 
 
 def codebook_weights():
-    """Random, under VQ-KD's names, and timm's model of the same weights."""
-    model, g = vit(num_classes=0, global_pool="avg"), torch.Generator().manual_seed(5)
+    """Random, under VQ-KD's names, and the same as timm's model with a head."""
+    model = vit(num_classes=0, global_pool="avg")
+    head = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 32))
     for block in model.blocks:
         nn.init.zeros_(block.attn.qkv.bias[128:256])  # BEiT has none on keys
     weights = {"encoder." + k: v for k, v in model.state_dict().items()}
     for k in [k for k in weights if k.endswith("qkv.bias")]:
         q, _, v = weights.pop(k).chunk(3)
         weights |= {k.replace("qkv.bias", "q_bias"): q, k.replace("qkv.bias", "v_bias"): v}
-    for name, shape in (("encode_task_layer.0.weight", (128, 128)), ("encode_task_layer.0.bias", (128,)),
-                        ("encode_task_layer.2.weight", (32, 128)), ("encode_task_layer.2.bias", (32,)),
-                        ("quantize.embedding.weight", (500, 32)), ("decoder.cls_token", (1, 1, 128))):
-        weights[name] = torch.randn(shape, generator=g)
-    weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
-    return weights, model
+    weights |= {f"encode_task_layer.{k}": v for k, v in head.state_dict().items()}
+    weights |= {"quantize.embedding.weight": F.normalize(torch.randn(500, 32), dim=-1)}
+    return weights, model, head
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +257,7 @@ def test_dino(files):
     q, k, _ = model.blocks[1].attn.qkv(model.blocks[1].norm1(x)).view(2, 197, 3, 2, 64).permute(2, 0, 3, 1, 4)
     want = (q @ k.transpose(2, 3) / 8).softmax(-1).mean(1)[:, 0, 1:]  # the head-averaged row of [CLS]
     torch.testing.assert_close(attention, want, atol=1e-6, rtol=1e-4)
-    small = torch.randn(2, 3, 32, 32)  # the encoder's 8 x 8 patches: pixels and position table are resized
-    assert network(small, (8, 8)).shape == (2, 64, 128)
+    assert network(torch.randn(2, 3, 32, 32), (8, 8)).shape == (2, 64, 128)  # image and position table are resized
     assert not list(network.parameters()) and not network.state_dict()
 
 
@@ -334,11 +290,10 @@ def test_clip(files, tmp_path):
 
 @torch.no_grad()
 def test_codebook(files):
-    (weights, model), network = codebook_weights(), targets.codebook(files["codebook"])
+    (weights, model, head), network = codebook_weights(), targets.codebook(files["codebook"])
     imgs = torch.randn(2, 3, 224, 224)
     x = model.fc_norm(model.forward_features(renormalized(imgs, (0.5,) * 3, (0.5,) * 3)))[:, 1:]
-    x = x @ weights["encode_task_layer.0.weight"].T + weights["encode_task_layer.0.bias"]
-    x = F.normalize(x.tanh() @ weights["encode_task_layer.2.weight"].T + weights["encode_task_layer.2.bias"], dim=-1)
+    x = F.normalize(head(x), dim=-1)
     want = torch.stack([torch.cdist(row, weights["quantize.embedding.weight"]).argmin(-1) for row in x])
     assert (network(imgs, (14, 14))[..., 0] == want).float().mean() > 0.995
     assert len(want.unique()) > 20 and network.out_dim == 500
@@ -367,12 +322,10 @@ def test_targets_are_of_the_masked_patches(target, files):
 # --- as a user runs it ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("target", ["pixel", "hog", "codebook"])
-def test_preview_of_perfect_predictions(target, files, monkeypatch):
-    model, (imgs, ids) = make(target=target, target_file=files.get(target, "")).eval(), batch()
+@pytest.mark.parametrize("target", ["pixel", "hog"])
+def test_preview_of_perfect_predictions(target, monkeypatch):
+    model, (imgs, ids) = make(target=target).eval(), batch()
     perfect = model.targets(imgs, ids).expand(4, -1, -1, -1)
-    if target == "codebook":
-        perfect = F.one_hot(perfect[..., 0], 500).float()
     monkeypatch.setattr(model, "decode", lambda *_: perfect)
     panels = model.preview(imgs, ids)
     assert list(panels) == ["input", "masked"] + ["target"] * (target != "pixel") + [f"block {g}" for g in model.taps]
@@ -383,12 +336,9 @@ def test_preview_of_perfect_predictions(target, files, monkeypatch):
     assert torch.equal(shown, visible) and (target == "pixel" or torch.equal(panels["target"].any(-1), ~visible))
 
 
-QUICK = "--preset quick --embed_dim 48 --num_heads 2 --decoder_dim 32 --base_lr 2e-2 --warmup_epochs 0.01 --log_every 1 "\
-        "--eval_every 0 --device cpu --num_workers 0"
-
-
 def main(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["deepmim.py", *QUICK.split(), *flags.split()])
+    flags += " --embed_dim 48 --num_heads 2 --base_lr 2e-2 --warmup_epochs 0.01 --log_every 1 --eval_every 0"
+    monkeypatch.setattr(sys, "argv", ["deepmim.py", "--preset", "quick", "--device", "cpu", *flags.split()])
     deepmim.main()
 
 
@@ -397,12 +347,11 @@ def main(monkeypatch, flags):
     "--target codebook --target_file {codebook}", "--hybrid {tmp}/last.pt --hybrid_space raw --alpha 0.5 0.5 0.5",
     "--mask semantic_guided --mask_file {dino}", "--mask semantic_aware --mask_file {clip} --precision bf16"])
 def test_every_target_and_mask_trains(flags, files, tmp_path, monkeypatch):
-    save(make(), tmp_path / "last.pt")
+    model = make()
+    torch.save(dict(model=model.state_dict(), about=vars(model.cfg)), tmp_path / "last.pt")
     main(monkeypatch, f"{flags.format(**files, tmp=tmp_path)} --out_dir {tmp_path / 'run'} --max_steps 12")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    taps = [k for k in lines[0] if "/" in k]
-    assert len(lines) == 12 and len(taps) == 3
-    for tap in taps:
+    for tap in [k for k in lines[0] if "/" in k]:
         assert np.mean([x[tap] for x in lines[-3:]]) < np.mean([x[tap] for x in lines[:3]]), tap
     assert (tmp_path / "run" / "preview.png").stat().st_size > 10_000
 
@@ -412,11 +361,8 @@ def test_every_target_and_mask_trains(flags, files, tmp_path, monkeypatch):
     ("--alpha 0 0.5 1", "--alpha takes 3 values between 0 and 1, and needs --hybrid"),
     ("--target clip", "--target_file goes with --target dino, clip, or codebook"),
     ("--target clip --target_file {dino}", "dino has no visual.proj and no visual.ln_pre.weight"),
-    ("--target dino --target_file {tmp}/more", "more is not a plain ViT with 64 channels per head"),
-    ("--hybrid {tmp}/hog.pt", "hog.pt predicts hog, not pixels")])
+    ("--hybrid {dino}", "dino has no decoder_embed.weight")])
 def test_bad_input(flags, message, files, tmp_path, monkeypatch, capsys):
-    torch.save(vit(num_classes=0).state_dict() | {"blocks.0.ls1.gamma": torch.zeros(128)}, tmp_path / "more")
-    save(make(target="hog"), tmp_path / "hog.pt")
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, f"{flags.format(**files, tmp=tmp_path)} --out_dir {tmp_path / 'new'}")
     line = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import analyze
 import common
 import ddae
 import finetune
@@ -320,9 +321,9 @@ def test_evaluation_during_pretraining(images):
         cfg = common.parse(ddae.Config, ddae.PRESETS, argv=flags.split())
         torch.manual_seed(3)
         model, samples = ddae.DDAE(cfg).eval(), common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
-        found.append(finetune.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
+        found.append(analyze.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
     samples.source.classes = [""]  # unlabeled
-    found.append(finetune.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
+    found.append(analyze.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
     assert found[0] == found[1] == found[2] | dict(knn=found[0]["knn"]) and "knn" not in found[2]
     val, ids = common.open_data(cfg, "val"), np.random.default_rng(0).permutation(13)[:7].tolist()
     picked = [(center(val[i][0], 16, 1), val[i][1]) for i in ids]

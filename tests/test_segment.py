@@ -18,6 +18,7 @@ from scipy.ndimage import map_coordinates
 
 import common
 import ddae
+import transfer
 from transfer import segment
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def test_taps_are_the_papers_and_precede_the_final_norm():
     for depth, taps in ((12, [4, 6, 8, 12]), (24, [8, 12, 16, 24]), (4, [1, 2, 3, 4]), (1, [1, 1, 1, 1])):
         assert segment.Backbone(config(f"--depth {depth}")).taps == taps
     vit, backbone, imgs = ddae.ViT(32, 8, 24, 6, 2), segment.Backbone(config("--depth 6")), torch.randn(2, 3, 32, 32)
-    segment.load_backbone(backbone.eval(), vit.state_dict(), "e.pt")
+    transfer.load_backbone(backbone.eval(), vit.state_dict(), "e.pt")
     for tap, found in zip((2, 3, 4, 6), backbone(imgs)):
         assert torch.allclose(found[1, :, 2, 3], vit(imgs)[tap - 1][1, 1 + 2 * 4 + 3], atol=1e-5)  # row 2, column 3
 

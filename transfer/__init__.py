@@ -1,0 +1,103 @@
+"""
+What segmentation and detection share: from --init to the run.
+"""
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image, ImageOps
+
+import common
+import finetune
+
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
+
+
+def fit(cfg, method, saved):
+    """--init -> Config with its sizes, its weights, and its classes if it is a trained model of `method`, else [].
+
+    Such a model also sets the fields `saved`. If --eval or --predict has no --init, or if the file is gone when a run
+    resumes, it is out_dir's model.pt.
+    """
+    training, own = not (cfg.eval or cfg.predict), Path(cfg.out_dir) / "model.pt"
+    resumed = training and own.exists() and not Path(cfg.init).exists()
+    path = own if resumed or not (training or cfg.init) else cfg.init
+    fields, weights, classes = {k: getattr(cfg, k) or size for k, size in zip(SIZES, (16, 768, 12, 12))}, {}, []
+    if path:
+        weights, config = finetune.read_weights(path)
+        if config.get("method") == method:
+            fields, classes = {k: config[k] for k in saved}, config["classes"]
+        else:
+            sizes = finetune.vit_sizes(weights, config, path)
+            fields = {k: sizes[k] for k in SIZES}
+    if not training:
+        fields["out_dir"] = str(Path(path).parent)
+        if not classes:
+            sys.exit(f"--init {path} is no {method} model; give a model.pt of this script")
+    try:
+        return replace(cfg, **fields), weights, classes
+    except AssertionError as error:  # __post_init__
+        sys.exit(f"--init {path}: {error}")
+
+
+def load_backbone(backbone, weights, path):
+    """Load an encoder; its position table is resized. Parameters that only our blocks have start without effect."""
+    own, table = backbone.state_dict(), finetune.resize_pos_embed(weights["pos_embed"], backbone.grid)
+    new = {k: own[k] for k in own if k.endswith(("rel_pos", "rel_pos_h", "rel_pos_w", "gamma_1", "gamma_2"))}
+    common.load_weights(backbone, weights | new | dict(pos_embed=table), path)
+    common.print0(f"{len(own) - len(new)} of {len(own)} backbone tensors are from {path}; position table "
+                  f"{weights['pos_embed'].shape[1] - 1} -> {table.shape[1] - 1} patches; "
+                  f"not used: {', '.join([k for k in weights if k not in own][:6])}")
+
+
+def open_picture(path):
+    """The picture of --predict, turned as its EXIF says -> uint8 (3, H, W)."""
+    try:
+        return common.to_rgb(ImageOps.exif_transpose(Image.open(path)))
+    except Exception as error:  # broken files raise nearly anything
+        sys.exit(f"--predict {path}: {error}")
+
+
+def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, predict):
+    """Train, evaluate on val (--eval), or draw what is found in a picture (--predict).
+
+    open_data(cfg, split) -> source; Samples(source, cfg) -> common.Samples; evaluate(model, cfg, device, autocast,
+    source) -> metrics by name, in all processes; predict(model, cfg, classes, device, autocast) writes its file.
+    """
+    cfg, weights, classes = fit(cfg, Model.__name__.lower(), saved)
+    device, autocast = common.setup(cfg)
+    if not cfg.predict:
+        val = open_data(cfg, "val")
+        other = [f"{was}, now {now}" for was, now in itertools.zip_longest(classes, val.classes) if was != now]
+        if classes and other:
+            sys.exit(f"{cfg.init} was trained on other classes than --data {cfg.data} has: {'; '.join(other[:3])}")
+        if not classes and cfg.num_classes not in (0, len(val.classes)):
+            sys.exit(f"--num_classes {cfg.num_classes}, but --data {cfg.data} has {len(val.classes)} classes")
+        cfg = replace(cfg, num_classes=len(val.classes))
+    torch.manual_seed(cfg.seed)
+    model = Model(cfg)
+    if classes:
+        common.load_weights(model, weights, cfg.init)
+    elif weights:
+        load_backbone(model.backbone, weights, cfg.init)
+    if cfg.predict:
+        return predict(model.to(device).eval(), cfg, classes, device, autocast)
+    if cfg.eval:
+        metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val)
+        common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
+        if common.WORLD > 1:
+            dist.destroy_process_group()
+        return
+    train = open_data(cfg, "train")
+    if list(train.classes) != list(val.classes):
+        sys.exit(f"--data {cfg.data} has different classes for training and validation")
+    if not cfg.init:
+        common.print0("warning: no --init, the ViT starts from scratch, which needs a far longer training")
+    if common.WORLD > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    common.train(cfg, model, Samples(train, cfg), optimizer, schedule,
+                 lambda model, cfg, device, autocast, samples: evaluate(model, cfg, device, autocast, val))
