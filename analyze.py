@@ -115,10 +115,14 @@ def save_preview(model, samples, device, autocast, path):
     """Draw what `model.preview` says of six images spread over the training set."""
     imgs, draws, _ = samples.collate([samples[0, i * len(samples.source) // 6] for i in range(6)])
     model.eval()
-    with torch.no_grad(), autocast:
-        panels = model.preview(*common.to_device(imgs, draws, device))
+    try:
+        with torch.no_grad(), autocast:
+            panels = model.preview(*common.to_device(imgs, draws, device))
+        with common.replacing(path) as temporary:
+            draw_panels(panels, temporary)
+    except Exception as error:  # a picture is not worth a run
+        common.print0(f"warning: no {path}: {type(error).__name__}: {error}")
     model.train()
-    draw_panels(panels, path)
 
 
 def draw_panels(panels, path):

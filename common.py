@@ -137,11 +137,12 @@ def open_data(cfg, split):
     if not inspect.isclass(make):
         sys.exit(f"--data {path.absolute()} is not a folder, nor {cfg.data} a class in torchvision.datasets")
     flags = inspect.signature(make).parameters
-    which = dict(train=split == "train") if "train" in flags else dict(split="train" if split == "train" else "test")
+    held_out = "val" if cfg.data in ("ImageNet", "Imagenette") else "test"
+    which = dict(train=split == "train") if "train" in flags else dict(split=split if split == "train" else held_out)
+    setup(cfg)
     if LOCAL_RANK == 0 and "download" in flags:
         make("data", **which, download=True)
-    if setup(cfg) and WORLD > 1:
-        dist.barrier()  # the others wait for the download
+    gather(None)  # the others wait for the download
     return make("data", **which)
 
 
@@ -231,8 +232,9 @@ def batches(n, cfg, micro, start, stop):
 
 def make_loader(dataset, cfg, **options):
     """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
+    pin = cfg.device != "cpu" and torch.cuda.is_available()
     return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=lambda worker: os.setpgrp(),
-                      timeout=cfg.num_workers and DATA_TIMEOUT, pin_memory=torch.cuda.is_available(), **options)
+                      timeout=DATA_TIMEOUT if cfg.num_workers else 0, pin_memory=pin, **options)
 
 
 @functools.cache  # copied to the device once: a copy per step would wait for the GPU
@@ -342,7 +344,7 @@ def resume(model, about, last):
         sys.exit(f"{last} is of another run; restore these, or choose another --out_dir: {'; '.join(changed)}")
     if was["code"] != about["code"]:
         print0(f"warning: {inspect.getfile(type(model))} has changed since {last} was saved; its weights are kept")
-    load_weights(model, state["model"], last)
+    load_weights(model, state.pop("model"), last)
     return state
 
 
@@ -352,35 +354,36 @@ def open_log(path):
     try:
         if RANK == 0:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         sys.exit(f"another run is writing to {path.parent.absolute()}; choose another --out_dir")
     return file
 
 
 def write_log(log, **line):
     """Log numbers by name, and print those without a slash in their name."""
-    print0("  ".join(f"{k} {v:.4g}" for k, v in line.items() if "/" not in k))
+    print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if "/" not in k))
+    line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     with contextlib.suppress(OSError):  # a full disk, of which the next save warns
-        log.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}).encode() + b"\n")
+        log.write(json.dumps(line).encode() + b"\n")
 
 
 def checkpoint(out, model, optimizer, samples, device, autocast, **state):
-    """Write encoder.pt (model.pt without an encoder), preview.png, and last.pt last. A failure warns. -> success"""
+    """Write encoder.pt (model.pt without an encoder), last.pt, preview.png. A failure is a warning. -> success"""
     exported, last = getattr(model, "exported", getattr(model, "encoder", model)), out / "last.pt"
     try:
         with replacing(out / ("model.pt" if exported is model else "encoder.pt")) as path:
             torch.save(dict(model=exported.state_dict(), config=state["about"]), path)
-        if hasattr(model, "preview"):
-            from analyze import save_preview  # needs matplotlib
-            with replacing(out / "preview.png") as path:
-                save_preview(model, samples, device, autocast, path)
         with replacing(last) as path:
             torch.save(dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()), path)
             if last.exists():
                 os.replace(last, last.with_name("last.prev.pt"))
-        return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         print0(f"warning: cannot save {last}: {error}")
+        return False
+    if hasattr(model, "preview"):
+        from analyze import save_preview  # needs matplotlib
+        save_preview(model, samples, device, autocast, out / "preview.png")
+    return True
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ def setup(cfg):
         if WORLD == LOCAL_WORLD:  # torchrun --max-restarts keeps the store, with the addresses of dead processes
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
-    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -452,11 +455,11 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     model.to(device)
     optimizer = optimizer(model, cfg)
     if step:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))
     if cfg.compile:
         model.compile()
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
-    ddp.broadcast_buffers = False  # they are constants, or the model's own business
+    ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
     keys = batches(n, cfg, micro, step, stop)
     loader = iter(make_loader(samples, cfg, batch_sampler=keys, collate_fn=samples.collate))
     print0(f"{about['method']}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train, "
@@ -470,7 +473,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
     caught, saved, logged, busy, waited = 0, True, step, 0.0, 0.0
     while True:
-        # A step is evaluated after it was saved: a signal cannot lose the evaluation, the resumed run makes it.
+        # A step is evaluated after it was saved, so that a signal cannot lose the evaluation: the resumed run makes it.
+        # Step 0, the baseline, is of interest in pretraining only.
         if cfg.eval_every and (step >= stop or step % eval_steps == 0) and (step or hasattr(model, "encoder")):
             model.eval()
             found = evaluate(model, cfg, device, autocast, samples)
@@ -515,7 +519,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         busy += time.perf_counter() - began
 
         if step == stop or step % cfg.log_every == 0:
-            means = torch.stack([*metrics.values()]) / WORLD
+            means = torch.stack([*metrics.values()]) / WORLD  # of this step, over processes
             if WORLD > 1:
                 dist.all_reduce(means)
             note_bad(bad, new_bad, n, cfg)

@@ -7,7 +7,7 @@ patch by its distance to the nearest visible patch, raised to a learnable power 
 beta > 0 hard ones. K blocks of the encoder are supervised, each with its own beta, by two targets: the pixels, and the
 features that a teacher, an EMA of the encoder, computes from the whole image.
 
-One training step, `DDAE.forward` and `after_step`, with i over the supervised blocks g_i = depth / K * i:
+One training step, `DDAE.forward` and `after_step`; the supervised blocks are g_i = depth / K * i, i = 1..K:
     ids_keep, ids_mask = ids_shuffle.split([V, M], 1)                    # block-wise mask, drawn in the data worker
     distance = distance_map(ids_keep)[ids_mask]                          # D(m), in patches
     s_i      = softmax(distance ** beta_i);  weight_i = s_i / max(s_i)                              # Eq. 2
@@ -23,10 +23,9 @@ B images, N patches = V visible + M masked, P values per patch, D width, T token
 `--pixel` and `--feature` switch each branch: dds (deep and dynamic), ds (deep supervision), d (dynamic weights on the
 last block alone), plain, none. With `--preset mae`, `--pixel plain` is MAE; d, ds, dds are D-MAE, DS-MAE, DDS-MAE.
 
-Differs from the papers or is not said there, besides what stands at the lines concerned: squared errors are means over
-values, masked patches, and images, not divided by the sum of weights; the decoders are MAE's (BootMAE's, the papers'
-base, have cross-attention); both branches share a block's beta, as Eq. 6 suggests; AdamW (ICLR App. A: Adam with weight
-decay); MAE's initialization.
+Deviations and choices that the papers leave open, besides those at their lines: squared errors are means over values,
+masked patches, and images, not divided by the sum of weights; the decoders are MAE's (BootMAE's, the papers' base, have
+cross-attention); both branches share a block's beta, as Eq. 6 suggests; AdamW (ICLR App. A: Adam with weight decay).
 
     python ddae.py --preset quick                                       # generated images, 2 CPU cores, 2 minutes
     torchrun --nproc_per_node=8 ddae.py --epochs 100 --data IMAGENET    # the paper's short recipe, ViT-B
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 import common
 
 Supervision = Literal["none", "plain", "d", "ds", "dds"]
-FIRST = dict(plain=-1, d=-1, ds=0, dds=0)  # of the K blocks, the first that a branch supervises: the last alone, or all
+FIRST = dict(plain=-1, d=-1, ds=0, dds=0)  # where a branch's slice of the K taps starts: -1 is the last alone, 0 is all
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,15 @@ class Config(common.RunConfig):
     feature: Supervision = "dds"  # [AAAI Tables 2, 3, Eq. 5] feature self-distillation branch, same choices
     beta_init: tuple[float, ...] = (-0.5,)  # [AAAI Implementation, ICLR Table 7] one for all blocks, or K values
     beta_learnable: bool = True  # [ICLR Table 7] --no-beta_learnable keeps beta fixed
-    loss_scale: tuple[float, ...] = (1.0,)  # [AAAI Eq. 3, 5] factor per block, one or K values; ICLR: 0.75 0.75 0.75 1
+    loss_scale: tuple[float, ...] = (1.0,)  # [ICLR Eq. 3, 5] per block, one or K values; ICLR: 0.75 0.75 0.75 1
     reg: tuple[float, ...] = ()  # [AAAI Eq. 6] lambda_i, one or K values; none: 0.1 * block number; ICLR: 0.5
     reg_batch: int = 128  # [ours] Algorithm 1 sums the L2 term over the local batch; this fixes that batch's size
     norm_pix: bool = True  # [code: MAE] normalize each patch of the pixel target; the texts say raw pixels
     decoder_depth: int = 2  # [AAAI Implementation] blocks in each of the two decoders; MAE 8
     decoder_dim: int = 512  # [AAAI Implementation] width of the pixel decoder; the feature decoder has embed_dim
     decoder_heads: int = 16  # [code: MAE] heads of the pixel decoder; the feature decoder has num_heads
-    momentum: tuple[float, ...] = (0.999, 0.9999, 0.99999)  # [ICLR App. A] at epochs 0, 100, 400; one value: constant
-    epochs: int = 100  # [AAAI Table 2] 100 or 800
+    momentum: tuple[float, ...] = (0.999, 0.9999, 0.99999)  # [ICLR App. A, BootMAE] at epochs 0, 100, 400; or one
+    epochs: int = 100  # [ICLR App. A] 100 or 800
     warmup_epochs: float = 20.0  # [ICLR App. A] linear warm-up; 20 for 100 epochs, 40 for 800
     batch_size: int = 4096  # [ICLR App. A] images per optimizer step, over all processes
     base_lr: float = 1.5e-4  # [ICLR App. A] learning rate = base_lr * batch_size / 256
@@ -84,7 +83,6 @@ class Config(common.RunConfig):
         check_vit(self)
         assert self.depth % self.K == 0, f"--depth {self.depth} must be divisible by --K {self.K}"
         assert {self.pixel, self.feature} != {"none"}, "--pixel none --feature none leaves nothing to learn from"
-        assert max(self.momentum, default=1) < 1, "--momentum must be below 1"
         K = self.K
         for name, counts in dict(beta_init=(1, K), loss_scale=(1, K), reg=(0, 1, K), momentum=(1, 3)).items():
             assert len(getattr(self, name)) in counts, f"--{name} takes {' or '.join(map(str, counts))} values"
@@ -95,7 +93,6 @@ class Config(common.RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(embed_dim=192, num_heads=3, decoder_dim=192, decoder_heads=3),
     "small": dict(embed_dim=384, num_heads=6),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "mae": dict(pixel="plain", feature="none", mask="random", decoder_depth=8),
@@ -203,15 +200,12 @@ class ViT(nn.Module):
         return F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # in the order of `patchify`
 
     def forward(self, imgs, ids_keep=None):
-        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output, a list of (B, 1 + V, D).
-
-        [CLS] comes first. The outputs have not passed the final norm, `self.norm`.
-        """
+        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output (B, 1 + V, D), before `norm`."""
         patches, pos = patchify(imgs, self.patch_size), self.pos_embed[:, 1:]  # (B, N, P), (1, N, D)
         if ids_keep is not None:
             patches, pos = take(patches, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
-        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D)
+        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D), [CLS] first
         for block in self.blocks:
             outputs.append(block(outputs[-1]))
         return outputs[1:]
@@ -231,18 +225,15 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, latent, ids_shuffle):
-        """latent (K, B, 1 + V, D), ids_shuffle (B, N) -> (K, B, M, out_dim): all K blocks in one pass.
-
-        Tokens stay in shuffled order: attention is blind to order, the table gives positions.
-        """
-        K, B, T, _ = latent.shape
+        """latent (K, B, 1 + V, D), ids_shuffle (B, N) -> (K, B, M, out_dim). Tokens stay in shuffled order."""
+        (K, B), V = latent.shape[:2], latent.shape[2] - 1
         pos = self.decoder_pos_embed[0, 1:][ids_shuffle]  # (B, N, Dd); [CLS]'s own row is zero
         x = self.decoder_embed(latent)  # (K, B, 1 + V, Dd)
-        masked = (self.mask_token + pos[:, T - 1:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
-        x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :T - 1], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
+        masked = (self.mask_token + pos[:, V:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
+        x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :V], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, T:])).unflatten(0, (K, B))
+        return self.decoder_pred(self.decoder_norm(x[:, 1 + V:])).unflatten(0, (K, B))
 
 # --- end of the shared part -------------------------------------------------------------------------------------------
 
@@ -258,7 +249,7 @@ def block_mask(rng, grid, num_mask):
     h, w = grid
     mask, missing, smallest = np.zeros(grid, bool), num_mask, max(1.0, 16 * h * w / 196)
     while missing:
-        area = rng.uniform(*sorted((smallest, missing)))
+        area = rng.uniform(*sorted((smallest, missing)))  # the last ones may be too large, and are rejected below
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         rows, cols = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < rows < h and 0 < cols < w):
@@ -290,18 +281,14 @@ def draw_mask(rng, cfg):
 # --- distance map and loss weights ------------------------------------------------------------------------------------
 
 def distance_map(ids_keep, distances):
-    """D(m), from each patch to the nearest visible one: ids_keep (B, V), distances (N, N) -> (B, N).
-
-    scipy's distance_transform_edt(mask), but faster: 0 if visible, else at least 1. The figures divide by the largest.
-    """
+    """D(m), from each patch to the nearest visible one, 0 if visible: ids_keep (B, V), distances (N, N) -> (B, N)."""
     return distances[ids_keep].amin(1)
 
 
 def h_beta(distance, beta):
     """Eq. 2 and Algorithm 1: distance (B, M) of masked patches, beta (K,) -> weight (K, B, M) in (0, 1], excess (K, B).
 
-    Excess is the L2 norm less its minimum 1 / sqrt(M): equal weights cost 0. Visible patches stay out, as 0 ** -0.5 is
-    infinite.
+    The excess of the L2 norm over its minimum, 1 / sqrt(M), keeps beta from extremes. Visible: 0 ** -0.5 = infinity.
     """
     s = (distance ** beta[:, None, None]).softmax(-1)  # Eq. 2
     excess = s.norm(dim=-1) - s.shape[-1] ** -0.5
@@ -341,10 +328,10 @@ class DDAE(nn.Module):
             self.feature_decoder = Decoder(D, D, cfg.decoder_depth, cfg.num_heads, grid, D)
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
-        def per_block(values):  # one or K values -> (K,)
+        def per_block(values):  # one value for all, or K values -> (K,)
             return torch.tensor(values).repeat(K)[:K]
 
-        dynamic = {"dds": range(K), "d": range(K - 1, K)}  # the blocks whose beta is in use
+        dynamic = {"dds": range(K), "d": range(K - 1, K)}  # blocks whose beta enters the loss and is regularized
         used = [any(i in dynamic.get(kind, ()) for kind in (cfg.pixel, cfg.feature)) for i in range(K)]
         self.beta = nn.Parameter(per_block(cfg.beta_init), requires_grad=cfg.beta_learnable and any(used))
         reg = per_block(cfg.reg or [0.1 * g for g in self.taps]) * torch.tensor(used)
@@ -376,7 +363,10 @@ class DDAE(nn.Module):
             metrics |= dict(feature=error.mean((1, 2)), target_std=target_std)
         loss += cfg.reg_batch * (self.reg * excess.mean(1)).sum()  # Eq. 6; Algorithm 1 sums over the batch
         metrics |= dict(beta=self.beta, weight=weight.mean((1, 2)))
-        return loss, {f"{k}/{g}": x.detach() for k, v in metrics.items() for g, x in zip(self.taps[-len(v):], v)}
+        logged = {}
+        for name, values in metrics.items():  # a value per supervised block
+            logged |= {f"{name}/{g}": x.detach() for g, x in zip(self.taps[-len(values):], values)}
+        return loss, logged
 
     def weighted(self, error, weight, kind):
         """Sum over blocks of the mean weighted error: error (K, B, M), or (1, B, M) of the last block -> ()."""
@@ -404,8 +394,8 @@ class DDAE(nn.Module):
     @torch.no_grad()
     def after_step(self, step, steps_per_epoch):
         if self.cfg.feature != "none":
-            momentum = self.cfg.momentum  # linear between epochs 0, 100, 400, or constant; both texts also say 0.9999
-            m = float(np.interp(step / steps_per_epoch, (0, 100, 400)[:len(momentum)], momentum))
+            epochs = (0, 100, 400)[:len(self.cfg.momentum)]  # linear in between; the texts also say 0.9999 throughout
+            m = float(np.interp(step / steps_per_epoch, epochs, self.cfg.momentum))
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - m)  # Eq. 4
 
     def preview(self, imgs, ids_shuffle):

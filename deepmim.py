@@ -99,7 +99,6 @@ class Config(common.RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(embed_dim=192, num_heads=3, decoder_dim=192, decoder_heads=3),
     "small": dict(embed_dim=384, num_heads=6),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64, decoder_heads=2,
@@ -206,15 +205,12 @@ class ViT(nn.Module):
         return F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # in the order of `patchify`
 
     def forward(self, imgs, ids_keep=None):
-        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output, a list of (B, 1 + V, D).
-
-        [CLS] comes first. The outputs have not passed the final norm, `self.norm`.
-        """
+        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output (B, 1 + V, D), before `norm`."""
         patches, pos = patchify(imgs, self.patch_size), self.pos_embed[:, 1:]  # (B, N, P), (1, N, D)
         if ids_keep is not None:
             patches, pos = take(patches, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
-        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D)
+        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D), [CLS] first
         for block in self.blocks:
             outputs.append(block(outputs[-1]))
         return outputs[1:]
@@ -234,18 +230,15 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, latent, ids_shuffle):
-        """latent (K, B, 1 + V, D), ids_shuffle (B, N) -> (K, B, M, out_dim): all K blocks in one pass.
-
-        Tokens stay in shuffled order: attention is blind to order, the table gives positions.
-        """
-        K, B, T, _ = latent.shape
+        """latent (K, B, 1 + V, D), ids_shuffle (B, N) -> (K, B, M, out_dim). Tokens stay in shuffled order."""
+        (K, B), V = latent.shape[:2], latent.shape[2] - 1
         pos = self.decoder_pos_embed[0, 1:][ids_shuffle]  # (B, N, Dd); [CLS]'s own row is zero
         x = self.decoder_embed(latent)  # (K, B, 1 + V, Dd)
-        masked = (self.mask_token + pos[:, T - 1:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
-        x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :T - 1], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
+        masked = (self.mask_token + pos[:, V:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
+        x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :V], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, T:])).unflatten(0, (K, B))
+        return self.decoder_pred(self.decoder_norm(x[:, 1 + V:])).unflatten(0, (K, B))
 
 # --- end of the shared part -------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """
 Generated pictures for trying everything without data: one to three stars on a smooth ground, the same on every machine.
 
-The label is the kind of the largest star, which is drawn first. Kinds differ in the number of spikes, color, and stripes;
-sizes, places, angles, ground, and light are random. Also what segmentation and detection need: the mask of each star.
+The label is the kind of the largest star, which is drawn first. Kinds differ in the number of spikes, color, and
+stripes; sizes, places, angles, ground, and light are random. Segmentation and detection also get each star's mask.
 """
 import math
 

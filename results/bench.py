@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -70,10 +71,10 @@ def main():
         for feed in ("full", "masked", "crop", "folds"):
             steps[f"SdAE, {feed}"] = stepper(sdae.SdAE(sdae.Config(feed=feed)))
     else:
-        steps["DDAE"] = stepper(ddae.DDAE(cfg))
-        distances = ddae.DDAE(cfg).distances.to(args.device)
+        model = ddae.DDAE(cfg)
+        steps["DDAE"] = stepper(model)
         steps["block masks"] = lambda: [ddae.draw_mask(np.random.default_rng(i), cfg) for i in range(B)]
-        steps["distance maps"] = lambda: ddae.distance_map(ids[:, :cfg.num_keep], distances)
+        steps["distance maps"] = lambda: ddae.distance_map(ids[:, :cfg.num_keep], model.distances)
     if args.mae:
         steps["official MAE"] = stepper(official_mae(args.mae), 0.75)  # it takes a mask ratio
 
@@ -95,7 +96,7 @@ def main():
 
     flops = {}
     for name in steps if args.sdae else ():
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
             steps[name]()
         flops[name] = counter.get_total_flops()
     for name in steps:

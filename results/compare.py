@@ -31,7 +31,8 @@ def main():
             print(f"{run.name:12} {key:14}", *(f"{epoch:.2f}:{value:.4g}" for epoch, value in points))
             drawn = [point for point in points if point[0] > 0]  # the untrained model would stretch the axis
             ax.plot(*zip(*drawn), label=run.name, marker=".")
-        ax.set(xlabel="epoch", title=key, yscale="log" if "loss" in key or "/" in key else "linear")
+        errors = any(word in key for word in ("loss", "pixel", "feature"))
+        ax.set(xlabel="epoch", title=key, yscale="log" if errors else "linear")
         ax.legend()
     if args.save:
         with common.replacing(args.save) as path:

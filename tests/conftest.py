@@ -1,12 +1,21 @@
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny models; two spinning threads would starve the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """`common.train` keeps the signals; give Ctrl-C back."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
@@ -17,8 +26,7 @@ def pytest_generate_tests(metafunc):
     if "method" in metafunc.fixturenames:
         paths = [Path(p).resolve() for p in metafunc.config.getoption("method") or []]
         paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae")]
-        modules, names = [load(path) for path in paths], [path.stem for path in paths]
-        metafunc.parametrize("method", modules, ids=names, scope="module")
+        metafunc.parametrize("method", [load(path) for path in paths], ids=[path.stem for path in paths], scope="module")
 
 
 def load(path):

@@ -373,8 +373,8 @@ def test_resumes_bitwise_and_then_evaluates_and_predicts(style, tmp_path, monkey
 def test_two_processes_evaluate_like_one_on_an_odd_number_of_images(tmp_path, monkeypatch, capfd):
     data, out = coco(tmp_path / "data"), tmp_path / "out"
     flags = f"--data {data} --out_dir {out} --lr 1e-2"
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 -m transfer.detect {TINY} {flags}"
-    subprocess.run(command.split(), cwd=ROOT, check=True, timeout=200, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    two = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 -m transfer.detect {TINY} {flags}"
+    subprocess.run(two.split(), cwd=ROOT, check=True, timeout=200, env=os.environ | dict(OMP_NUM_THREADS="1"))
     results = [out / "results_bbox.json", out / "results_segm.json"]
     trained = [path.read_text() for path in results]
     main(monkeypatch, f"{flags} --eval")

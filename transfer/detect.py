@@ -639,6 +639,8 @@ def evaluate(model, cfg, device, autocast, source):
 def predict(model, cfg, classes, device, autocast):
     """--predict: draw boxes, masks, and names of what scores above a half."""
     img = segment.open_picture(cfg.predict)
+    if max(img.shape[1:]) > 50 * min(img.shape[1:]):
+        sys.exit(f"--predict {cfg.predict}: {img.shape[2]} x {img.shape[1]} pixels; resized, one side would vanish")
     with autocast:
         found = model.detect([common.to_device(img, {}, device)[0]])[0]
     size, found = img.shape[1:], {k: v.cpu() for k, v in found.items()}
