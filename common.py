@@ -137,8 +137,8 @@ def open_data(cfg, split):
     if not inspect.isclass(make):
         sys.exit(f"--data {path.absolute()} is not a folder, nor {cfg.data} a class in torchvision.datasets")
     flags = inspect.signature(make).parameters
-    held_out = "val" if cfg.data in ("ImageNet", "Imagenette") else "test"
-    which = dict(train=split == "train") if "train" in flags else dict(split=split if split == "train" else held_out)
+    which = dict(split=split if split == "train" or cfg.data in ("ImageNet", "Imagenette") else "test")
+    which = dict(train=split == "train") if "train" in flags else which
     setup(cfg)
     if LOCAL_RANK == 0 and "download" in flags:
         make("data", **which, download=True)
@@ -232,9 +232,9 @@ def batches(n, cfg, micro, start, stop):
 
 def make_loader(dataset, cfg, **options):
     """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
-    pin = cfg.device != "cpu" and torch.cuda.is_available()
-    return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=lambda worker: os.setpgrp(),
-                      timeout=DATA_TIMEOUT if cfg.num_workers else 0, pin_memory=pin, **options)
+    return DataLoader(
+        dataset, num_workers=cfg.num_workers, timeout=DATA_TIMEOUT if cfg.num_workers else 0, **options,
+        worker_init_fn=lambda worker: os.setpgrp(), pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
 
 
 @functools.cache  # copied to the device once: a copy per step would wait for the GPU
@@ -293,8 +293,7 @@ def load(path):
     """Read a file of torch.save, tensors and plain values. Ends the program on damage, which torch.load overlooks."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("flipped bits")
+            assert archive.testzip() is None, "flipped bits"
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         sys.exit(f"{path} is missing, damaged, or no checkpoint of tensors and plain values: {str(error):.80}")
@@ -363,7 +362,7 @@ def write_log(log, **line):
     """Log numbers by name, and print those without a slash in their name."""
     print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if "/" not in k))
     line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-    with contextlib.suppress(OSError):  # a full disk, of which the next save warns
+    with contextlib.suppress(OSError):  # disk full: the next save warns
         log.write(json.dumps(line).encode() + b"\n")
 
 
@@ -449,9 +448,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     step, bad, new_bad = state["step"], state["bad"], {}  # bad: unreadable files, name -> reason
     if len(set(gather((step, n)))) > 1:
         sys.exit("the processes see different --data or --out_dir")
-    if RANK == 0:
-        text = os.pread(log.fileno(), state["log"], 0)  # as it was at that step; a power failure may have torn its end
-        log.seek(log.truncate(text.rfind(b"\n") + 1))
+    if RANK == 0:  # whole lines of the log as it was at that step; a power failure may have torn its end
+        log.seek(log.truncate(os.pread(log.fileno(), state["log"], 0).rfind(b"\n") + 1))
     model.to(device)
     optimizer = optimizer(model, cfg)
     if step:
@@ -473,8 +471,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
     caught, saved, logged, busy, waited = 0, True, step, 0.0, 0.0
     while True:
-        # A step is evaluated after it was saved, so that a signal cannot lose the evaluation: the resumed run makes it.
-        # Step 0, the baseline, is of interest in pretraining only.
+        # Evaluate after saving: a signal then loses nothing. Step 0, the baseline, is of interest in pretraining only.
         if cfg.eval_every and (step >= stop or step % eval_steps == 0) and (step or hasattr(model, "encoder")):
             model.eval()
             found = evaluate(model, cfg, device, autocast, samples)
@@ -537,8 +534,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if WORLD > 1:
         dist.barrier()  # the first process has written its files
         dist.destroy_process_group()
-    if not saved:
-        sys.exit(1)
     if caught:
         print0(f"stopped by a signal after step {step}; the same command resumes")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if caught or not saved:
+        sys.exit(128 + (signals or [signal.SIGTERM])[0] if saved else 1)

@@ -221,7 +221,7 @@ def test_torch_load_is_always_safe():
 
 
 def test_closed_output_does_not_end_a_run(tmp_path):
-    command = f"{sys.executable} {ROOT / 'ddae.py'} --preset quick {TINY} --max_steps 2 --eval_every 0 --num_workers 0" \
-              f" --device cpu --data shapes --out_dir {tmp_path}"
+    command = f"{sys.executable} {ROOT / 'ddae.py'} --preset quick {TINY} --max_steps 2 --eval_every 0 " \
+              f"--num_workers 0 --device cpu --data shapes --out_dir {tmp_path}"
     done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"])
     assert done.returncode == 0 and common.load(tmp_path / "last.pt")["step"] == 2
