@@ -99,7 +99,6 @@ class Config(common.RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(embed_dim=192, num_heads=3, decoder_dim=192, decoder_heads=3),
     "small": dict(embed_dim=384, num_heads=6),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, decoder_dim=64, decoder_heads=2,
