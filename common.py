@@ -150,9 +150,8 @@ class Folder(torchvision.datasets.ImageFolder):
     """ImageFolder without hidden folders and files; one without any class folder is unlabeled, with `classes` [""]."""
 
     def __init__(self, root):
-        ends = torchvision.datasets.folder.IMG_EXTENSIONS
-        super().__init__(str(root), loader=Image.open, is_valid_file=lambda path: path.lower().endswith(ends)
-                         and "/." not in path[len(str(root)):])
+        super().__init__(str(root), loader=Image.open, is_valid_file=lambda path: "/." not in path[len(str(root)):]
+                         and torchvision.datasets.folder.is_image_file(path))
 
     def find_classes(self, root):
         classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) or [""]
@@ -415,8 +414,8 @@ def explained():
     """One line for what ends a run on good input: memory, and data workers that die or hang."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith(("DataLoader", "CUDA out of memory")):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a worker that died while it sent
+        if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader", "CUDA out of memory")):
             raise
         sys.exit(f"{error}\nLower --micro_batch if GPU memory is full, --num_workers if main memory or /dev/shm is")
 

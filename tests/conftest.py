@@ -26,7 +26,8 @@ def pytest_generate_tests(metafunc):
     if "method" in metafunc.fixturenames:
         paths = [Path(p).resolve() for p in metafunc.config.getoption("method") or []]
         paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae")]
-        metafunc.parametrize("method", [load(path) for path in paths], ids=[path.stem for path in paths], scope="module")
+        modules, names = [load(path) for path in paths], [path.stem for path in paths]
+        metafunc.parametrize("method", modules, ids=names, scope="module")
 
 
 def load(path):

@@ -25,8 +25,8 @@ os.environ["PYTHONPATH"] = ROOT  # the server ignores sys.path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ddae", "finetune", "analyze"])
 FLAGS = "--img_size 16 --patch_size 4 --embed_dim 16 --depth 2 --K 2 --num_heads 2 --decoder_dim 16 --decoder_heads 2" \
-        " --decoder_depth 1 --base_lr 1e-2 --warmup_epochs 0.5 --batch_size 16 --log_every 1 --save_every 0 --epochs 3" \
-        " --device cpu --num_workers 0"
+        " --decoder_depth 1 --base_lr 1e-2 --warmup_epochs 0.5 --batch_size 16 --log_every 1 --save_every 0" \
+        " --epochs 3 --device cpu --num_workers 0"
 RUNS = []  # all that were started, for whoever must clean up
 
 

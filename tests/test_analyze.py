@@ -70,7 +70,7 @@ def test_panels_are_images_maps_and_features_in_common_colors(tmp_path):
     picture = imread(tmp_path / "preview.png")[..., :3]
     H, W = picture.shape[:2]
     columns = [picture[:, W * i // 4:W * (i + 1) // 4] for i in range(4)]
-    assert np.abs(columns[2][:, :W // 5] - columns[3][:, :W // 5]).mean() < 0.05  # the same colors for the same features
+    assert np.abs(columns[2][:, :W // 5] - columns[3][:, :W // 5]).mean() < 0.05  # the same colors
     assert (columns[2] == 1).all(-1).mean() > 0.4  # zeros stay blank
     want = (colors[0, :, 0, 0].numpy() * common.STD + common.MEAN).clip(0, 1)
     assert np.abs(columns[0] - want).max(-1).min() < 0.02  # the color of the first pixel is there
