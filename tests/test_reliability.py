@@ -367,6 +367,7 @@ def schedule(step, *args):
     return common.cosine(step, *args)
 train = common.train
 common.train = lambda *args: train(*args, schedule=schedule)
+del ddae.DDAE.preview
 ddae.main()
 """
 
