@@ -232,7 +232,8 @@ def batches(n, cfg, micro, start, stop):
 def make_loader(dataset, cfg, **options):
     """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
     return DataLoader(
-        dataset, num_workers=cfg.num_workers, timeout=DATA_TIMEOUT if cfg.num_workers else 0, **options,
+        dataset, num_workers=cfg.num_workers, multiprocessing_context="fork" if cfg.num_workers else None,
+        timeout=DATA_TIMEOUT if cfg.num_workers else 0, **options,
         worker_init_fn=lambda worker: os.setpgrp(), pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
 
 
