@@ -310,11 +310,12 @@ def load_weights(module, weights, path):
     module.load_state_dict({name: weights[name] for name in own})
 
 
-def init_encoder(encoder, cfg):
-    """--init: encoder.pt, or a ViT under timm's names. A resumed run does not need the file."""
+def init_encoder(encoder, cfg, rename=dict):
+    """--init: encoder.pt, or a ViT under timm's names, or under those that `rename` turns into them. A resumed run does
+    not need the file."""
     if cfg.init and not any((Path(cfg.out_dir) / name).exists() for name in ("last.pt", "last.prev.pt")):
         file = load(cfg.init)
-        load_weights(encoder, file.get("model", file), cfg.init)
+        load_weights(encoder, rename(file.get("model", file)), cfg.init)
 
 
 def describe(cfg, model, source):
