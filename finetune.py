@@ -7,8 +7,8 @@ Evaluate a pretrained encoder by fine-tuning, a linear probe, or nearest neighbo
     --mode scratch     train from random weights [MAE App. A.2]: --preset scratch; --init then gives only the sizes
     --eval             no training: accuracy of a fine-tuned model.pt on val/
 
---init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm; which tensors are used,
-initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt.
+--init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE, BEiT v2, or timm; which tensors
+are used, initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt.
 
 One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
     imgs, labels = mix(imgs, labels)            # mixup or cutmix within the batch; labels become soft, (B, C)
@@ -18,7 +18,8 @@ One training step, `Classifier.forward`, for B images, N patches, width D, C cla
     loss   = cross_entropy(logits, labels)      # smoothed labels
 
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
-block i is layer i + 1, head and fc_norm are layer depth + 1.
+block i is layer i + 1, head and fc_norm are layer depth + 1. BEiT v2's position biases, one table for all blocks in
+pretraining, become one per block.
 
 Differs from MAE's code: RandAugment is torchvision's, two operations with probability 1/2 each, and magnitude 27 of 30
 for timm's 9 of 10; it adds Identity and lacks Invert, SolarizeAdd, and noise on the magnitude. The probe's crop retries
@@ -46,9 +47,10 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
+import beit2
 import common
 from analyze import choose, embed, knn_accuracy, read_center, read_each, sync_buffers
-from ddae import Block, ViT, init_weights
+from ddae import ViT
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Config(common.RunConfig):
     eval: bool = False  # [ours] no training: accuracy of --init on val/
     eval_every: float = 1.0  # [ours] epochs between evaluations on val/; 0: never
     eval_images: int = 0  # [ours] with --mode knn: images of train/ to compare with; 0: all
+    vit: Literal["", "plain", "beit2"] = ""  # [ours] kind of ViT; none: as in --init, else plain
     img_size: int = 0  # [MAE] side of the crop, pixels; 0: as in --init, else 224
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
@@ -111,6 +114,9 @@ PRESETS = {
     "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs; its code has 0.6 for CLIP and 1600
     "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "beit2": dict(base_lr=1.25e-4, warmup_epochs=20),  # 5e-4 at 1024; after 300 epochs of pretraining
+    "beit2_1600": dict(base_lr=1.25e-4, warmup_epochs=20, layer_decay=0.6, drop_path=0.2),
+    "beit2_large": dict(base_lr=1.25e-4, epochs=50, layer_decay=0.8, drop_path=0.2),
     "scratch": SCRATCH,
     "linear": LINEAR,
     "linear_boot": LINEAR | dict(pool="mean", layer=10),  # [code: BootMAE]
@@ -157,8 +163,11 @@ class Samples(common.Samples):
 
 # --- ViT files --------------------------------------------------------------------------------------------------------
 
+TABLE = "blocks.0.attn.relative_position_bias_table"  # in BEiT v2 only
+
+
 def read_weights(path):
-    """encoder.pt, model.pt, or a ViT of MAE or timm, bare or under "model" -> tensors by name, config ({} if none)."""
+    """encoder.pt, model.pt, or a ViT of other code, bare or under "model" -> tensors by name, config ({} if none)."""
     file = common.load(path)
     if not isinstance(file, dict) or not isinstance(file.get("model", file), dict):
         sys.exit(f"{path} holds no tensors by name")
@@ -185,6 +194,14 @@ def vit_sizes(weights, config, path):
     return dict(img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
 
 
+def beit2_sizes(weights):
+    """The same of an encoder of BEiT v2, from its patch embedding and its tables of position biases."""
+    (D, _, p, _), (rows, heads) = weights["patch_embed.proj.weight"].shape, weights[TABLE].shape
+    side = (math.isqrt(rows - 3) + 1) // 2  # a row for each of (2 * side - 1) ** 2 offsets, and three for [CLS]
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    return dict(vit="beit2", img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
+
+
 def resize_pos_embed(table, grid):
     """Position table (1, 1 + n*n, D) -> (1, 1 + h*w, D) for a (h, w) grid: bicubic, [CLS]'s row kept."""
     side = math.isqrt(table.shape[1] - 1)
@@ -204,13 +221,17 @@ def settle(cfg):
     saved = own.exists() and any(own.with_name(name).exists() for name in ("last.pt", "last.prev.pt"))
     resumes = saved and not cfg.eval and cfg.mode != "knn"
     path, weights, was = own if resumes else cfg.init, {}, {}
-    sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    sizes = dict(vit="plain", img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
     if path:
         weights, was = read_weights(path)
-        sizes = vit_sizes(weights, dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was, path)
+        weights = beit2.own_tables(weights)
+        if TABLE in weights:
+            sizes = beit2_sizes(weights)
+        else:
+            sizes |= vit_sizes(weights, dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was, path)
     for name, size in sizes.items():
         given = getattr(cfg, name)
-        if path and name != "img_size" and given not in (0, size):
+        if path and name != "img_size" and given and given != size:
             sys.exit(f"--{name} {given}, but {path} has {size}")
         sizes[name] = given or size
     img_size, patch_size, depth = sizes["img_size"], sizes["patch_size"], sizes["depth"]
@@ -224,14 +245,15 @@ def settle(cfg):
                       pool="mean" if "fc_norm.weight" in weights else "cls")
     if resumes or cfg.mode == "scratch":
         return cfg, {}, []
-    weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], (img_size // patch_size,) * 2)
+    if "pos_embed" in weights:
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], (img_size // patch_size,) * 2)
     return cfg, weights, was.get("classes", [])
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
-class Classifier(ViT):
-    """ViT with a head, under timm's names; cfg as from `settle`. --mode linear trains the head alone."""
+class Head(nn.Module):
+    """What turns a ViT into a classifier, under timm's names; cfg as from `settle`. --mode linear trains it alone."""
 
     def __init__(self, cfg, num_classes):
         super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
@@ -263,9 +285,18 @@ class Classifier(ViT):
         return self.head(self.bn(x))
 
 
+class Classifier(Head, ViT):
+    pass
+
+
+class BEiT2Classifier(Head, beit2.ViT):
+    pass
+
+
 def build(cfg, weights, num_classes):
     """Classifier with `weights`, if any, besides a head that is initialized anew for training."""
-    model = Classifier(cfg, num_classes)
+    Model = BEiT2Classifier if cfg.vit == "beit2" else Classifier
+    model = Model(cfg, num_classes)
     if weights:
         own, head = model.state_dict(), () if cfg.eval else ("head.", "bn.")
         used = {k: v for k, v in weights.items() if k in own and not k.startswith(head)}
@@ -274,12 +305,14 @@ def build(cfg, weights, num_classes):
         for what, names in (("used", used), ("initialized anew", anew), ("left out", weights.keys() - used)):
             counts = Counter(sorted(name.split(".")[0] for name in names))
             common.print0(f"{cfg.init}, tensors {what}: {', '.join(f'{k} ({n})' for k, n in counts.items()) or 'none'}")
+    fresh = Model(cfg, num_classes).blocks if cfg.reinit_last_k else []
     for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
-        model.blocks[i] = Block(cfg.embed_dim, cfg.num_heads, model.blocks[i].drop_path).apply(init_weights)
+        model.blocks[i] = fresh[i]
     if 0 < cfg.last_k < cfg.depth:
-        frozen = nn.ModuleList((model.patch_embed, *model.blocks[:-cfg.last_k]))
-        for p in (model.cls_token, model.pos_embed, *frozen.parameters()):
-            p.requires_grad_(False)
+        frozen = tuple(f"blocks.{i}." for i in range(cfg.depth - cfg.last_k))
+        for name, p in model.named_parameters():
+            if name.startswith((*frozen, "cls_token", "pos_embed", "patch_embed")):
+                p.requires_grad_(False)
     return model
 
 
@@ -378,7 +411,8 @@ def main():
     if cfg.eval and trained_on not in ([], classes):
         sys.exit(f"{cfg.init} is for other classes than --data: {trained_on[:4]} ... and {classes[:4]} ...")
     if cfg.mode == "knn":
-        vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
+        kind = beit2.ViT if cfg.vit == "beit2" else ViT
+        vit = kind(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
         common.load_weights(vit, weights, cfg.init)
         cfg = replace(cfg, crop_pct=1.0)
         bank = embed(vit.to(device), train, choose(len(train), cfg.eval_images), cfg, device, autocast)
