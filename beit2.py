@@ -22,7 +22,7 @@ One training step, `BEiT2.forward`; the supervised blocks are g_i = depth / K * 
 B images, N patches, M of them masked, or fewer, D width, C visual tokens, T tokens in attention.
 
 `--dds` switches: dds (deep and dynamic), ds (deep supervision), d (dynamic weights on the last block alone), none. The
-last, with any K, is BEiT v2; `--head_layers 0` is BEiT v2 without patch aggregation.
+last is BEiT v2; `--no-aggregation` leaves out patch aggregation.
 
 Choices where DDAE's two sentences on BEiT v2 leave everything open, besides those at their lines: all supervised
 blocks are weighted, the last one, too, as in DDAE; patch aggregation is not, and has weight 1; taps, beta's start, and
@@ -48,7 +48,7 @@ from torchvision.transforms import v2
 import common
 import targets
 
-FIRST = dict(none=-1, d=-1, ds=0, dds=0)  # where the supervised ones of the K taps start: -1 is the last alone, 0 is all
+FIRST = dict(none=-1, d=-1, ds=0, dds=0)  # where the supervised ones of the K taps start: -1 is the last, 0 is all
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ class Config(common.RunConfig):
     drop_path: float = 0.0  # [code] fraction of samples that skip a branch of the last block; 0.1 for 1600 epochs
     mask_ratio: float = 0.385  # [code] fraction of patches masked, at most: 75 of 196
     fill_mask: bool = True  # [code] where blocks fall short of that, mask single patches; BEiT's masks stay short
-    tokenizer: str = ""  # [BEiT v2] VQ-KD's file; or pixels: nearest of k-means codes of the run's own patches
+    tokenizer: str = ""  # [BEiT v2] VQ-KD's file; or pixels: nearest k-means code of the run's own patches
     codes: int = 512  # [ours] visual tokens of --tokenizer pixels; VQ-KD has 8192
+    aggregation: bool = True  # [BEiT v2] patch aggregation; --no-aggregation: none
     early_layers: int = 9  # [code] block whose patch tokens patch aggregation reads; ViT-L 21
-    head_layers: int = 2  # [code] blocks of patch aggregation; 0: none
+    head_layers: int = 2  # [code] blocks of patch aggregation
     K: int = 4  # [AAAI Table 4] supervised blocks, at depth / K * i
     dds: Literal["none", "d", "ds", "dds"] = "dds"  # [AAAI Table 5] deep dynamic supervision, halves of it, or none
     beta_init: tuple[float, ...] = (-0.5,)  # [AAAI Implementation] one for all blocks, or K values
@@ -103,7 +104,7 @@ class Config(common.RunConfig):
 PRESETS = {
     "large": dict(embed_dim=1024, depth=24, num_heads=16, layer_scale=1e-5, early_layers=21),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, early_layers=3, head_layers=1,
-                  tokenizer="pixels", epochs=2, warmup_epochs=0.3, batch_size=32, base_lr=1.2e-2, color_jitter=0.0,
+                  tokenizer="pixels", codes=128, epochs=2, warmup_epochs=0.3, batch_size=32, base_lr=1.2e-2, color_jitter=0.0,
                   eval_every=1, eval_images=5000, out_dir="out/quick_beit2"),
 }
 
@@ -227,7 +228,7 @@ def block_mask(rng, grid, num_mask):
     """Draw rectangles until at most `num_mask` patches are covered -> bool (h, w), True = masked. [BEiT Algorithm 1]
 
     A rectangle has an area of 16 patches (of 14 x 14, in proportion on other grids) up to what is still missing, an
-    aspect ratio of 0.3 to 1/0.3, and may overlap earlier ones. After ten in a row that do not fit, the mask stays short.
+    aspect ratio of 0.3 to 1/0.3, and may overlap earlier ones. If ten in a row do not fit, the mask stays short.
     """
     h, w = grid
     mask, missing, smallest, tries = np.zeros(grid, bool), num_mask, max(1.0, 16 * h * w / 196), 0
@@ -334,10 +335,10 @@ class BEiT2(nn.Module):
         with torch.random.fork_rng(devices=[]):  # initial weights do not depend on the tokenizer
             self.tokenizer = PixelCodes(cfg) if cfg.tokenizer == "pixels" else targets.codebook(cfg.tokenizer)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, D), std=0.02, a=-0.02, b=0.02))
-        numbers = range(cfg.early_layers, cfg.early_layers + cfg.head_layers)  # like those of encoder blocks, from 0
-        self.cls_pt_layers = nn.ModuleList(
-            Block(D, cfg.num_heads, grid, i + 1, cfg.layer_scale, cfg.drop_path * min(1, i / max(1, cfg.depth - 1)))
-            for i in numbers)
+        self.cls_pt_layers = nn.ModuleList()
+        for i in range(cfg.early_layers, cfg.early_layers + cfg.head_layers if cfg.aggregation else 0):
+            rate = cfg.drop_path * min(1, i / max(1, cfg.depth - 1))  # like the encoder's block i + 1
+            self.cls_pt_layers.append(Block(D, cfg.num_heads, grid, i + 1, cfg.layer_scale, rate))
         self.lm_head = nn.Linear(D, self.tokenizer.out_dim)
         init_weights(self.lm_head)
         for block in (*self.encoder.blocks, *self.cls_pt_layers):  # one table for all
@@ -389,7 +390,7 @@ class BEiT2(nn.Module):
         """Logits of the patches `ids` (B, M) by each supervised block and by patch aggregation -> (K + 1, B, M, C)."""
         outputs = self.encoder(imgs, mask, self.mask_token)
         latents = [outputs[g - 1] for g in self.supervised]
-        if self.cfg.head_layers:
+        if self.cls_pt_layers:
             x = torch.cat((outputs[-1][:, :1], outputs[self.cfg.early_layers - 1][:, 1:]), 1)  # (B, 1 + N, D)
             for block in self.cls_pt_layers:
                 x = block(x, self.encoder.positions)
