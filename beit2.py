@@ -26,8 +26,9 @@ last is BEiT v2; `--no-aggregation` leaves out patch aggregation.
 
 Choices where DDAE's two sentences on BEiT v2 leave everything open, besides those at their lines: all supervised
 blocks are weighted, the last one, too, as in DDAE; patch aggregation is not, and has weight 1; taps, beta's start, and
-lambda are DDAE's. Differs from BEiT v2: means are per image, then over images, which is the same if all images have as
-many masked patches.
+lambda are DDAE's. As cross-entropies are larger than DDAE's squared errors, lambda holds beta back less: it settles at
+about -3.5 to -0.9, not at -1.0 to -0.24. Differs from BEiT v2: means are per image, then over images, which is the same
+if all images have as many masked patches.
 
     python beit2.py --preset quick                                      # generated images, 2 CPU cores, 2 minutes
     torchrun --nproc_per_node=8 beit2.py --epochs 100 --data IMAGENET --tokenizer \
@@ -88,7 +89,8 @@ class Config(common.RunConfig):
         super().__post_init__()
         assert self.img_size % self.patch_size == 0, f"--img_size must be divisible by --patch_size {self.patch_size}"
         N = (self.img_size // self.patch_size) ** 2
-        assert 0 < self.num_mask < N, f"--mask_ratio {self.mask_ratio} must leave some of {N} patches visible"
+        assert 0 < self.num_mask < N, \
+            f"--mask_ratio {self.mask_ratio} must leave some of {N} patches visible and some masked"
         assert self.embed_dim % self.num_heads == 0, "--embed_dim must be divisible by --num_heads"
         assert self.depth % self.K == 0, f"--depth {self.depth} must be divisible by --K {self.K}"
         assert self.early_layers <= self.depth, f"--early_layers must be at most --depth {self.depth}"
@@ -104,8 +106,8 @@ class Config(common.RunConfig):
 PRESETS = {
     "large": dict(embed_dim=1024, depth=24, num_heads=16, layer_scale=1e-5, early_layers=21),
     "quick": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, early_layers=3, head_layers=1,
-                  tokenizer="pixels", codes=128, epochs=2, warmup_epochs=0.3, batch_size=32, base_lr=1.2e-2, color_jitter=0.0,
-                  eval_every=1, eval_images=5000, out_dir="out/quick_beit2"),
+                  tokenizer="pixels", codes=128, epochs=2, warmup_epochs=0.3, batch_size=32, base_lr=1.2e-2,
+                  color_jitter=0.0, eval_every=1, eval_images=5000, out_dir="out/quick_beit2"),
 }
 
 
@@ -222,6 +224,17 @@ def own_tables(weights):
     return weights | {f"blocks.{i}.attn.relative_position_bias_table": table for i in blocks}
 
 
+def sizes(weights):
+    """Sizes of an encoder, from its weights with a table per block; {} if it is another kind of ViT."""
+    if "blocks.0.attn.relative_position_bias_table" not in weights:
+        return {}
+    rows, num_heads = weights["blocks.0.attn.relative_position_bias_table"].shape
+    D, _, p, _ = weights["patch_embed.proj.weight"].shape
+    side = (math.isqrt(rows - 3) + 1) // 2  # a row for each of (2 * side - 1) ** 2 offsets, and three for [CLS]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return dict(vit="beit2", img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=num_heads)
+
+
 # --- masking ----------------------------------------------------------------------------------------------------------
 
 def block_mask(rng, grid, num_mask):
@@ -336,9 +349,9 @@ class BEiT2(nn.Module):
             self.tokenizer = PixelCodes(cfg) if cfg.tokenizer == "pixels" else targets.codebook(cfg.tokenizer)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, D), std=0.02, a=-0.02, b=0.02))
         self.cls_pt_layers = nn.ModuleList()
-        for i in range(cfg.early_layers, cfg.early_layers + cfg.head_layers if cfg.aggregation else 0):
-            rate = cfg.drop_path * min(1, i / max(1, cfg.depth - 1))  # like the encoder's block i + 1
-            self.cls_pt_layers.append(Block(D, cfg.num_heads, grid, i + 1, cfg.layer_scale, rate))
+        for number in range(cfg.early_layers + 1, cfg.early_layers + cfg.head_layers + 1) if cfg.aggregation else ():
+            rate = cfg.drop_path * min(1, (number - 1) / max(1, cfg.depth - 1))  # as of the encoder's block
+            self.cls_pt_layers.append(Block(D, cfg.num_heads, grid, number, cfg.layer_scale, rate))
         self.lm_head = nn.Linear(D, self.tokenizer.out_dim)
         init_weights(self.lm_head)
         for block in (*self.encoder.blocks, *self.cls_pt_layers):  # one table for all
@@ -399,12 +412,12 @@ class BEiT2(nn.Module):
 
     def preview(self, imgs, mask):
         """Panels for preview.png: title -> images (B, 3, H, W), maps (B, h, w), or features (B, h, w, D)."""
-        cfg, grid, every = self.cfg, self.encoder.grid, torch.arange(mask.shape[1], device=mask.device)
+        cfg, grid, ids = self.cfg, self.encoder.grid, torch.arange(mask.shape[1], device=mask.device)
         visible = patchify(imgs, cfg.patch_size) * ~mask.unsqueeze(-1)
         panels = {"input": imgs, "masked": unpatchify(visible, cfg.patch_size, grid)}
         codes = self.tokenizer.codes if cfg.tokenizer == "pixels" else self.tokenizer.head.codes  # (C, P) or (C, 32)
         true = self.tokenizer(imgs, grid).squeeze(-1)  # (B, N)
-        pred = self.predict(imgs, mask, every.expand(len(imgs), -1))[len(self.supervised) - 1].argmax(-1)
+        pred = self.predict(imgs, mask, ids.expand(len(imgs), -1))[len(self.supervised) - 1].argmax(-1)
         panels["visual tokens"] = codes[true].unflatten(1, grid)  # alike if the codes are
         panels["predicted"] = (codes[pred] * mask.unsqueeze(-1)).unflatten(1, grid)
         panels["distance"] = distance_map(mask, self.distances).unflatten(1, grid)

@@ -163,9 +163,6 @@ class Samples(common.Samples):
 
 # --- ViT files --------------------------------------------------------------------------------------------------------
 
-TABLE = "blocks.0.attn.relative_position_bias_table"  # in BEiT v2 only
-
-
 def read_weights(path):
     """encoder.pt, model.pt, or a ViT of other code, bare or under "model" -> tensors by name, config ({} if none)."""
     file = common.load(path)
@@ -194,14 +191,6 @@ def vit_sizes(weights, config, path):
     return dict(img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
 
 
-def beit2_sizes(weights):
-    """The same of an encoder of BEiT v2, from its patch embedding and its tables of position biases."""
-    (D, _, p, _), (rows, heads) = weights["patch_embed.proj.weight"].shape, weights[TABLE].shape
-    side = (math.isqrt(rows - 3) + 1) // 2  # a row for each of (2 * side - 1) ** 2 offsets, and three for [CLS]
-    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    return dict(vit="beit2", img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
-
-
 def resize_pos_embed(table, grid):
     """Position table (1, 1 + n*n, D) -> (1, 1 + h*w, D) for a (h, w) grid: bicubic, [CLS]'s row kept."""
     side = math.isqrt(table.shape[1] - 1)
@@ -224,11 +213,8 @@ def settle(cfg):
     sizes = dict(vit="plain", img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
     if path:
         weights, was = read_weights(path)
-        weights = beit2.own_tables(weights)
-        if TABLE in weights:
-            sizes = beit2_sizes(weights)
-        else:
-            sizes |= vit_sizes(weights, dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was, path)
+        weights, heads = beit2.own_tables(weights), dict(num_heads=cfg.num_heads) if cfg.num_heads else {}
+        sizes |= beit2.sizes(weights) or vit_sizes(weights, heads | was, path)
     for name, size in sizes.items():
         given = getattr(cfg, name)
         if path and name != "img_size" and given and given != size:

@@ -194,7 +194,7 @@ def test_features_of_a_vit_b_in_timm():
     vit = timm.create_model("beitv2_base_patch16_224", num_classes=0, global_pool="token").eval()
     vit.load_state_dict(model.encoder.state_dict())  # strictly
     ours = model.encoder.norm(model.encoder(imgs)[-1])
-    assert (F.layer_norm(ours, (768,)) - F.layer_norm(vit.forward_features(imgs), (768,))).abs().max() < 1e-5
+    assert (ours - vit.forward_features(imgs)).abs().max() < 1e-5
     count = sum(p.numel() for p in model.encoder.parameters())
     assert count == sum(p.numel() for p in vit.parameters()) - 11 * 732 * 12  # one table instead of twelve
 
@@ -325,7 +325,7 @@ def test_codes_are_saved_and_not_fitted_again(tmp_path, monkeypatch):
     assert len(fits) == 1 and torch.equal(*saved) and saved[0].any()
 
 
-def test_initial_weights_and_crops_do_not_depend_on_the_tokenizer(codes, monkeypatch):
+def test_initial_weights_do_not_depend_on_the_tokenizer(codes, monkeypatch):
     torch.manual_seed(0)
     a = beit2.BEiT2(beit2.Config(**SMALL))
     monkeypatch.setattr(beit2, "fit_codes", lambda cfg: codes(cfg, images=10, iterations=1))
@@ -355,6 +355,18 @@ def test_vq_kd_ids_are_the_targets(tmp_path):
     rows = [-logp[b][mask[b], ids[b][mask[b]]].mean() for b in range(4)]
     assert model(imgs, mask)[0].item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-5)
     assert model.preview(imgs, mask)["visual tokens"].shape == (4, 8, 8, 8)
+
+
+def test_colors_are_jittered_before_the_crop(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(common, "train", lambda cfg, model, samples: seen.setdefault(cfg.color_jitter, samples))
+    for jitter in (0.4, 0.0):
+        monkeypatch.setattr(sys, "argv", f"x --preset quick --color_jitter {jitter} --out_dir {tmp_path}".split())
+        beit2.main()
+    (a, mask), _ = seen[0.4][3, 7]
+    assert torch.equal(a, seen[0.4][3, 7][0][0]) and not torch.equal(a, seen[0.0][3, 7][0][0])
+    assert torch.equal(torch.from_numpy(mask), torch.from_numpy(seen[0.0][3, 7][0][1]))
+    assert [type(x).__name__ for x in seen[0.4].crop.transforms] == ["ColorJitter", "Compose"]
 
 
 # --- preview and recipe -----------------------------------------------------------------------------------------------
