@@ -20,6 +20,7 @@ of an epoch of (seed, epoch), anything random inside the model of (seed, step, r
 depend on processes, workers, or micro-batches, and a checkpoint needs no generator state.
 """
 import argparse
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -40,14 +41,14 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from shapes import Shapes
+from sources import Folder, open_data  # noqa: F401, scripts take them from here
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
@@ -124,40 +125,6 @@ def print0(message):
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-def open_data(cfg, split):
-    """Data set for `split`, "train" or "val": [i] -> PIL image, label. A folder without labels has `classes` [""]."""
-    path, make = Path(cfg.data), getattr(torchvision.datasets, cfg.data, None)
-    if cfg.data == "shapes":
-        return Shapes(split, cfg.img_size)
-    if path.is_dir():
-        try:
-            return Folder(path / split if split == "val" or (path / split).is_dir() else path)
-        except FileNotFoundError as error:  # no such folder, or no images in it
-            sys.exit(f"--data {path.absolute()}, {split}: {error}")
-    if not inspect.isclass(make):
-        sys.exit(f"--data {path.absolute()} is not a folder, nor {cfg.data} a class in torchvision.datasets")
-    flags = inspect.signature(make).parameters
-    which = dict(split=split if split == "train" or cfg.data in ("ImageNet", "Imagenette") else "test")
-    which = dict(train=split == "train") if "train" in flags else which
-    setup(cfg)
-    if LOCAL_RANK == 0 and "download" in flags:
-        make("data", **which, download=True)
-    gather(None)  # the others wait for the download
-    return make("data", **which)
-
-
-class Folder(torchvision.datasets.ImageFolder):
-    """ImageFolder without hidden folders and files; one without any class folder is unlabeled, with `classes` [""]."""
-
-    def __init__(self, root):
-        super().__init__(str(root), loader=Image.open, is_valid_file=lambda path: "/." not in path[len(str(root)):]
-                         and torchvision.datasets.folder.is_image_file(path))
-
-    def find_classes(self, root):
-        classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) or [""]
-        return classes, {name: i for i, name in enumerate(classes)}
-
-
 def name_of(source, index):
     return source.samples[index][0] if hasattr(source, "samples") else f"image {index}"
 
@@ -229,10 +196,13 @@ def batches(n, cfg, micro, start, stop):
         yield from ([(epoch, int(index)) for index in part] for part in batch[RANK])
 
 
-def make_loader(dataset, cfg, **options):
+def make_loader(dataset, cfg, collate_fn, **options):
     """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
+    def share(items):  # here an error ends the run; in the thread that sends a batch, it would lose it without a word
+        return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, collate_fn(items))
+
     return DataLoader(
-        dataset, num_workers=cfg.num_workers, multiprocessing_context="fork" if cfg.num_workers else None,
+        dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers, multiprocessing_context="fork" if cfg.num_workers else None,
         timeout=DATA_TIMEOUT if cfg.num_workers else 0, **options,
         worker_init_fn=lambda worker: os.setpgrp(), pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
 
@@ -381,7 +351,8 @@ def checkpoint(out, model, optimizer, samples, device, autocast, **state):
         return False
     if hasattr(model, "preview"):
         from analyze import save_preview  # needs matplotlib
-        save_preview(model, samples, device, autocast, out / "preview.png")
+        with torch.compiler.set_stance("force_eager"):
+            save_preview(model, samples, device, autocast, out / "preview.png")
     return True
 
 
@@ -396,7 +367,9 @@ def setup(cfg):
         store, *_ = next(dist.rendezvous("env://"))
         if WORLD == LOCAL_WORLD:  # torchrun --max-restarts keeps the store, with the addresses of dead processes
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                device_id=torch.device("cuda", LOCAL_RANK) if cuda else None)
+        atexit.register(dist.destroy_process_group)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -474,7 +447,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         # Evaluate after saving: a signal then loses nothing. Step 0, the baseline, is of interest in pretraining only.
         if cfg.eval_every and (step >= stop or step % eval_steps == 0) and (step or hasattr(model, "encoder")):
             model.eval()
-            found = evaluate(model, cfg, device, autocast, samples)
+            with torch.compiler.set_stance("force_eager"):  # other batch sizes would recompile the training graph
+                found = evaluate(model, cfg, device, autocast, samples)
             write_log(log, step=step, epoch=step / steps_per_epoch, **found)
             model.train()
         if step >= stop:
@@ -533,7 +507,6 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
             break
     if WORLD > 1:
         dist.barrier()  # the first process has written its files
-        dist.destroy_process_group()
     if caught:
         print0(f"stopped by a signal after step {step}; the same command resumes")
     if caught or not saved:

@@ -238,7 +238,7 @@ class Decoder(nn.Module):
 # --- end of the shared part -------------------------------------------------------------------------------------------
 
 
-# --- masking ----------------------------------------------------------------------------------------------------------
+# --- masking and loss weights -----------------------------------------------------------------------------------------
 
 def block_mask(rng, grid, num_mask):
     """Draw rectangles until exactly `num_mask` patches are covered -> bool (h, w), True = masked. [BEiT Algorithm 1]
@@ -277,8 +277,6 @@ def draw_mask(rng, cfg):
     assert masked.size == side * side and masked.sum() == num_mask, (masked.size, masked.sum(), num_mask)
     return np.argsort(masked, kind="stable")
 
-
-# --- distance map and loss weights ------------------------------------------------------------------------------------
 
 def distance_map(ids_keep, distances):
     """D(m), from each patch to the nearest visible one, 0 if visible: ids_keep (B, V), distances (N, N) -> (B, N)."""
@@ -331,10 +329,11 @@ class DDAE(nn.Module):
         def per_block(values):  # one value for all, or K values -> (K,)
             return torch.tensor(values).repeat(K)[:K]
 
-        dynamic = {"dds": range(K), "d": range(K - 1, K)}  # blocks whose beta enters the loss and is regularized
-        used = [any(i in dynamic.get(kind, ()) for kind in (cfg.pixel, cfg.feature)) for i in range(K)]
-        self.beta = nn.Parameter(per_block(cfg.beta_init), requires_grad=cfg.beta_learnable and any(used))
-        reg = per_block(cfg.reg or [0.1 * g for g in self.taps]) * torch.tensor(used)
+        kinds = {cfg.pixel, cfg.feature}
+        self.dynamic = self.taps[0 if "dds" in kinds else K - 1 if "d" in kinds else K:]  # blocks whose beta acts
+        first = K - len(self.dynamic)
+        self.beta = nn.Parameter(per_block(cfg.beta_init)[first:], requires_grad=cfg.beta_learnable and first < K)
+        reg = per_block(cfg.reg or [0.1 * g for g in self.taps])[first:]
         self.register_buffer("reg", reg, persistent=False)  # lambda_i
         self.register_buffer("loss_scale", per_block(cfg.loss_scale), persistent=False)
         cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))  # (N, 2)
@@ -345,7 +344,7 @@ class DDAE(nn.Module):
         """imgs (B, 3, H, W), ids_shuffle (B, N) -> loss (), metrics: name -> tensor ()."""
         cfg, metrics = self.cfg, {}
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]  # (B, V), (B, M)
-        weight, excess = self.weights(ids_keep, ids_mask)  # (K, B, M), (K, B)
+        weight, excess = self.weights(ids_keep, ids_mask)  # (K, B, M), (K, B); of the last block alone, or of none
         latent = self.encode(imgs, ids_keep)  # (K, B, 1 + V, D)
         loss = 0
         if cfg.pixel != "none":
@@ -353,7 +352,7 @@ class DDAE(nn.Module):
             pred = self.pixel_decoder(latent[FIRST[cfg.pixel]:], ids_shuffle)  # (K, B, M, P)
             error = (pred - target).square().mean(-1)  # (K, B, M)
             loss += self.weighted(error, weight, cfg.pixel)  # Eq. 3
-            metrics["pixel"] = error.mean((1, 2))  # unweighted: only such errors compare across betas
+            metrics["pixel"] = error.mean((1, 2))  # unweighted, to compare across betas
         if cfg.feature != "none":
             target, target_std = self.targets(imgs, ids_mask)  # (K, B, M, D), (K,)
             pred = self.feature_decoder(latent[FIRST[cfg.feature]:], ids_shuffle)
@@ -399,7 +398,7 @@ class DDAE(nn.Module):
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - m)  # Eq. 4
 
     def preview(self, imgs, ids_shuffle):
-        """Panels for preview.png: title -> images (B, 3, H, W), or maps (B, h, w)."""
+        """Panels for preview.png: title -> images (B, 3, H, W) or maps (B, h, w)."""
         cfg, grid = self.cfg, self.encoder.grid
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]
         visible, true = (take(patchify(imgs, cfg.patch_size), ids) for ids in (ids_keep, ids_mask))
@@ -410,9 +409,13 @@ class DDAE(nn.Module):
         panels = {"input": imgs, "masked": picture(torch.zeros_like(true))}
         if cfg.pixel != "none":
             pred = self.pixel_decoder(self.encode(imgs, ids_keep)[-1:], ids_shuffle)[0].float()  # (B, M, P)
-            panels["reconstruction"] = picture(pixel_picture(pred, true, cfg.norm_pix))
-        panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
-        for g, beta, weight in zip(self.taps, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)
+            if cfg.norm_pix:  # the prediction has no mean and no deviation: show what the true ones tell
+                panels["true means"] = picture(pixel_picture(torch.zeros_like(true), true, True))
+            title = "reconstruction" + "\n(true mean, std)" * cfg.norm_pix
+            panels[title] = picture(pixel_picture(pred, true, cfg.norm_pix))
+        if self.dynamic:
+            panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
+        for g, beta, weight in zip(self.dynamic, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)
             weight = unshuffle(torch.zeros_like(visible[..., :1]), weight.unsqueeze(-1), ids_shuffle)  # Algorithm 1
             panels[f"weight, block {g}\n(beta {beta:.2f})"] = weight.squeeze(-1).unflatten(1, grid)
         return panels

@@ -20,16 +20,15 @@ One training step, `Classifier.forward`, for B images, N patches, width D, C cla
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
 block i is layer i + 1, head and fc_norm are layer depth + 1.
 
-Differs from MAE's code: RandAugment is torchvision's, two operations with probability 1/2 each, and magnitude 27 of 30
-for timm's 9 of 10; it adds Identity and lacks Invert, SolarizeAdd, and noise on the magnitude. The probe's crop retries
-for a fitting aspect ratio. Training from scratch has no EMA of the weights. Inputs are normalized with ImageNet's mean
-and deviation, also for timm's files trained with 0.5.
+Presets are for ViT-B but for those named otherwise. Inputs are normalized with ImageNet's mean and deviation, also for
+timm's files trained with 0.5.
 
     python finetune.py --preset quick --init out/quick/encoder.pt                       # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 finetune.py --preset ddae --data IMAGENET --init out/encoder.pt --out_dir out/ft
     torchrun --nproc_per_node=8 finetune.py --preset linear --data IMAGENET --init out/encoder.pt --out_dir out/linear
     python finetune.py --eval --data IMAGENET --init out/ft/model.pt                    # needs val/ only
 """
+import copy
 import functools
 import math
 import re
@@ -43,11 +42,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
-from analyze import choose, embed, knn_accuracy, read_center, read_each, sync_buffers
+from analyze import choose, knn, read_center, read_each, sync_buffers
 from ddae import Block, ViT, init_weights
 
 
@@ -78,9 +79,10 @@ class Config(common.RunConfig):
     smoothing: float = 0.1  # [MAE] label smoothing
     mixup: float = 0.8  # [MAE] alpha of mixup; 0: none
     cutmix: float = 1.0  # [MAE] alpha of cutmix, which alternates with mixup at random; 0: none
-    rand_augment: float = 27.0  # [MAE] magnitude of RandAugment, of 30; 0: none
+    rand_augment: float = 9.0  # [MAE] magnitude of RandAugment, of 10; 0: none
     erase: float = 0.25  # [MAE] probability of random erasing
     crop_min: float = 0.08  # [MAE] smallest area of the random crop, fraction of the image
+    ema: float = 0.0  # [MAE App. A.2] decay of the average of the weights, which is evaluated and saved; 0: none
     crop_pct: float = 0.0  # [MAE] center crop / resized shorter side; 0: as in --init, else 224/256, above 224 pixels 1
 
     def __post_init__(self):
@@ -88,13 +90,13 @@ class Config(common.RunConfig):
         assert self.init or self.mode == "scratch" and not self.eval, "--init is missing: encoder.pt, for instance"
         assert self.mode != "linear" or self.eval or not (self.mixup or self.cutmix or self.drop_path or self.last_k), \
             "--mode linear needs --preset linear, linear_boot, linear_boot_large, or quick_linear, and no --last_k"
-        for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "crop_pct"):
+        for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "ema", "crop_pct"):
             assert getattr(self, name) <= 1, f"--{name} must be at most 1"
-        assert self.rand_augment <= 30, "--rand_augment must be at most 30"
+        assert self.rand_augment <= 10, "--rand_augment must be at most 10"
 
 
 SCRATCH = dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,
-               layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0)
+               layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0, ema=0.9999)
 LINEAR = dict(mode="linear", epochs=90, warmup_epochs=10, batch_size=16384, base_lr=0.1, min_lr=0.0, weight_decay=0.0,
               layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0,
               pool="cls")
@@ -103,16 +105,23 @@ QUICK = dict(epochs=1, batch_size=64, base_lr=4e-3, rand_augment=0, erase=0.0, m
 PRESETS = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "ddae": dict(),  # states 8e-3 at batch 1024; at 4096, as in CAE, this is MAE's rate
+    "mae_huge": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3),
+    # DDAE states 8e-3 at batch 1024, and BEiT's protocol, whose command has 4e-3 at 1024. CAE has 8e-3 at 4096, which is
+    # MAE's rate.
+    "ddae": dict(),
     "ddae_small": dict(base_lr=1e-3, layer_decay=0.75),  # 1.6e-2 at 4096
-    "ddae_literal": dict(base_lr=2e-3),  # 8e-3 at 1024
+    "ddae_beit": dict(base_lr=1e-3, warmup_epochs=20),
+    "ddae_literal": dict(base_lr=2e-3),
     "deepmim": dict(base_lr=5e-5),  # 2e-4 at 1024, not a base rate: its log for CLIP, below, peaks at the stated 4e-4
     "deepmim_clip": dict(base_lr=1e-4),
-    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs; its code has 0.6 for CLIP and 1600
+    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs
+    "deepmim_code": dict(base_lr=1e-4, layer_decay=0.6),  # the command of its code, for CLIP after 1600 epochs
     "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "scratch": SCRATCH,
+    "scratch_large": SCRATCH | dict(epochs=200, drop_path=0.2),
     "linear": LINEAR,
+    "linear_large": LINEAR | dict(epochs=50),
     "linear_boot": LINEAR | dict(pool="mean", layer=10),  # [code: BootMAE]
     "linear_boot_large": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=18),
     "quick": QUICK | dict(layer_decay=0.9, out_dir="out/quick_finetune"),
@@ -124,6 +133,56 @@ PRESETS = {
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+def affine(img, *matrix):
+    return img.transform(img.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+FILL = tuple(round(255 * m) for m in common.MEAN)
+OPERATIONS = {  # of RandAugment: level x in [0, 1], and s = x or -x
+    "AutoContrast": lambda img, x, s: ImageOps.autocontrast(img),
+    "Equalize": lambda img, x, s: ImageOps.equalize(img),
+    "Invert": lambda img, x, s: ImageOps.invert(img),
+    "Rotate": lambda img, x, s: img.rotate(30 * s, Image.Resampling.BICUBIC, fillcolor=FILL),
+    "Posterize": lambda img, x, s: ImageOps.posterize(img, 4 - int(4 * x)),
+    "Solarize": lambda img, x, s: ImageOps.solarize(img, 256 - int(256 * x)),
+    "SolarizeAdd": lambda img, x, s: img.point(3 * [v + int(110 * x) * (v < 128) for v in range(256)]),
+    "Color": lambda img, x, s: ImageEnhance.Color(img).enhance(1 + 0.9 * s),
+    "Contrast": lambda img, x, s: ImageEnhance.Contrast(img).enhance(1 + 0.9 * s),
+    "Brightness": lambda img, x, s: ImageEnhance.Brightness(img).enhance(1 + 0.9 * s),
+    "Sharpness": lambda img, x, s: ImageEnhance.Sharpness(img).enhance(1 + 0.9 * s),
+    "ShearX": lambda img, x, s: affine(img, 1, 0.3 * s, 0, 0, 1, 0),
+    "ShearY": lambda img, x, s: affine(img, 1, 0, 0, 0.3 * s, 1, 0),
+    "TranslateX": lambda img, x, s: affine(img, 1, 0, 0.45 * s * img.width, 0, 1, 0),
+    "TranslateY": lambda img, x, s: affine(img, 1, 0, 0, 0, 1, 0.45 * s * img.height),
+}
+
+
+def rand_augment(img, magnitude):
+    """timm's rand-m9-mstd0.5-inc1 of uint8 (3, H, W): twice one of the operations, each with probability 1/2.
+
+    torchvision's RandAugment is weaker: it keeps 4 bits where this keeps 1, and has no noise on the magnitude.
+    """
+    img = v2.functional.to_pil_image(img)
+    for _ in range(2):
+        if torch.rand(()) < 0.5:
+            x = torch.normal(magnitude, 0.5, ()).clamp(0, 10).item() / 10
+            name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ())]
+            img = OPERATIONS[name](img, x, x if torch.rand(()) < 0.5 else -x)
+    return v2.functional.pil_to_tensor(img)
+
+
+class FirstCrop(v2.RandomResizedCrop):
+    """Takes the first draw, cut to the image, where torchvision draws again until one fits. [code: MAE]"""
+
+    def make_params(self, inputs):
+        H, W = inputs[0].shape[-2:]
+        area = H * W * torch.empty(()).uniform_(*self.scale)
+        aspect = torch.empty(()).uniform_(math.log(self.ratio[0]), math.log(self.ratio[1])).exp()
+        h, w = min(H, round((area / aspect).sqrt().item())), min(W, round((area * aspect).sqrt().item()))
+        top, left = torch.randint(H - h + 1, ()).item(), torch.randint(W - w + 1, ()).item()
+        return dict(top=top, left=left, height=h, width=w)
+
 
 class Erase(nn.Module):
     """Random erasing of uint8 images. Noise as in MAE, of deviation 1 after normalization, but clipped to 0 and 255."""
@@ -146,13 +205,16 @@ class Samples(common.Samples):
 
     def __init__(self, source, cfg):
         super().__init__(source, cfg)
-        fill = [round(255 * m) for m in common.MEAN]
-        augment = v2.RandAugment(1, int(cfg.rand_augment), interpolation=InterpolationMode.BILINEAR, fill=fill)
-        twice = [v2.RandomApply([augment], 0.5)] * 2 if cfg.rand_augment else []
-        self.crop = v2.Compose([self.crop, *twice, *([Erase(cfg.erase)] if cfg.erase else [])])
+        self.erase = Erase(cfg.erase)
+        if cfg.mode == "linear":
+            crop = FirstCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC)
+            self.crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
     def sample(self, item, rng):
-        return self.crop(item[0]), item[1]
+        img = self.crop(item[0])
+        if self.cfg.rand_augment:
+            img = rand_augment(img, self.cfg.rand_augment)
+        return self.erase(img) if self.cfg.erase else img, item[1]
 
 
 # --- ViT files --------------------------------------------------------------------------------------------------------
@@ -246,15 +308,29 @@ class Classifier(ViT):
         nn.init.zeros_(self.head.bias)
         mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=num_classes)] if cfg.mixup else []
         mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=num_classes)] if cfg.cutmix else []
-        self.mix = v2.RandomChoice(mixes) if mixes else None
+        self.mixes = v2.RandomChoice(mixes) if mixes else None
+
+    @torch.compiler.disable  # its decisions would break the graph
+    def mix(self, imgs, labels):
+        """Mixup or cutmix within the batch: labels (B,) become soft, (B, C)."""
+        return self.mixes(imgs, labels)
 
     def forward(self, imgs, labels):
         """imgs (B, 3, H, W), labels (B,) -> loss (), metrics: name -> tensor ()."""
-        if self.mix:
+        if self.mixes:
             imgs, labels = self.mix(imgs, labels)  # labels (B, C)
         logits = self.logits(imgs)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.cfg.smoothing)
-        return loss, {} if self.mix else {"train_acc1": 100 * (logits.argmax(-1) == labels).float().mean()}
+        return loss, {} if self.mixes else {"train_acc1": 100 * (logits.argmax(-1) == labels).float().mean()}
+
+    @property
+    def exported(self):
+        return getattr(self, "average", self)
+
+    def after_step(self, step, steps_per_epoch):
+        if self.cfg.ema:
+            average = list(self.average.parameters())
+            get_ema_multi_avg_fn(self.cfg.ema)(average, list(self.parameters())[:len(average)], None)
 
     def logits(self, imgs):
         """imgs (B, 3, H, W) -> (B, C)."""
@@ -280,6 +356,8 @@ def build(cfg, weights, num_classes):
         frozen = nn.ModuleList((model.patch_embed, *model.blocks[:-cfg.last_k]))
         for p in (model.cls_token, model.pos_embed, *frozen.parameters()):
             p.requires_grad_(False)
+    if cfg.ema and not cfg.eval:
+        model.average = copy.deepcopy(model).requires_grad_(False)  # the last of the model's parameters
     return model
 
 
@@ -335,6 +413,13 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
 
 
+def check_size(cfg):
+    """Warn of ViT-B's recipe for a larger encoder."""
+    if cfg.embed_dim > 768 and cfg.drop_path <= 0.1:
+        common.print0(f"warning: the encoder is larger than ViT-B, but --drop_path {cfg.drop_path:g}, --layer_decay "
+                      f"{cfg.layer_decay:g}, and the learning rate are ViT-B's; see the presets for large models")
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -343,11 +428,12 @@ def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None)
 
     keep: bool (C,), the classes that may be answered; None: all.
     """
-    source = source or common.open_data(cfg, "val")
+    model, source = model.exported, source or common.open_data(cfg, "val")
     sync_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, images
-    for items in read_each(functools.partial(read_center, source, cfg), source, range(len(source)), cfg):
-        imgs, labels = common.to_device(*default_collate(items)[:2], device)
+    read = functools.partial(read_center, source, cfg)
+    for imgs, labels, _ in read_each(read, source, range(len(source)), cfg, collate=default_collate):
+        imgs, labels = common.to_device(imgs, labels, device)
         with autocast:
             logits = model.logits(imgs).float()  # (B, C)
         if not logits.isfinite().all():
@@ -381,18 +467,17 @@ def main():
         vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
         common.load_weights(vit, weights, cfg.init)
         cfg = replace(cfg, crop_pct=1.0)
-        bank = embed(vit.to(device), train, choose(len(train), cfg.eval_images), cfg, device, autocast)
-        queries = embed(vit, val, range(len(val)), cfg, device, autocast)
-        metrics = dict(knn=knn_accuracy(*bank, *queries), val_images=len(queries[0]), train_images=len(bank[0]))
+        sets = (train, choose(len(train), cfg.eval_images)), (val, range(len(val)))
+        metrics = knn(vit.to(device), cfg, device, autocast, *sets)
     else:
         torch.manual_seed(cfg.seed)
         model = build(cfg, weights, len(classes))
         if not cfg.eval:
+            if cfg.mode != "linear":
+                check_size(cfg)
             return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast)
     common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
-    if common.WORLD > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageOps
 
@@ -89,8 +88,6 @@ def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, pr
     if cfg.eval:
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val)
         common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
-        if common.WORLD > 1:
-            dist.destroy_process_group()
         return
     train = open_data(cfg, "train")
     if list(train.classes) != list(val.classes):
