@@ -81,7 +81,7 @@ def embed(encoder, source, ids, cfg, device, autocast, bad=None):
 def knn(encoder, cfg, device, autocast, *sets):
     """kNN accuracy in percent and numbers of images, in all processes; sets: (source, ids) of train/, then of val/.
 
-    Votes are weighted as in DINO, k = 20. Both sets are read before processes talk: a fork beside busy threads may hang.
+    Weighted as in DINO, k = 20. Both sets are read before processes talk: a fork beside busy threads may hang.
     """
     bad = {}
     parts = [embed(encoder, source, ids, cfg, device, autocast, bad) for source, ids in sets]

@@ -201,10 +201,10 @@ def make_loader(dataset, cfg, collate_fn, **options):
     def share(items):  # here an error ends the run; in the thread that sends a batch, it would lose it without a word
         return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, collate_fn(items))
 
-    return DataLoader(
-        dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers, multiprocessing_context="fork" if cfg.num_workers else None,
-        timeout=DATA_TIMEOUT if cfg.num_workers else 0, **options,
-        worker_init_fn=lambda worker: os.setpgrp(), pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
+    if cfg.num_workers:
+        options |= dict(multiprocessing_context="fork", timeout=DATA_TIMEOUT, worker_init_fn=lambda _: os.setpgrp())
+    return DataLoader(dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers,
+                      pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
 @functools.cache  # copied to the device once: a copy per step would wait for the GPU
@@ -431,8 +431,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         model.compile()
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
     ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
-    keys = batches(n, cfg, micro, step, stop)
-    loader = iter(make_loader(samples, cfg, batch_sampler=keys, collate_fn=samples.collate))
+    loader = iter(make_loader(samples, cfg, samples.collate, batch_sampler=batches(n, cfg, micro, step, stop)))
     print0(f"{about['method']}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train, "
            f"{n:,} images of {cfg.data}, {device} {'bf16' if autocast._enabled else 'fp32'}\nbatch {cfg.batch_size} = "
            f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")
@@ -442,7 +441,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
-    caught, saved, logged, busy, waited = 0, True, step, 0.0, 0.0
+    caught, saved, started = 0, True, time.perf_counter()
+    logged, busy, waited, sums = step, 0.0, 0.0, 0  # since the last line of the log
     while True:
         # Evaluate after saving: a signal then loses nothing. Step 0, the baseline, is of interest in pretraining only.
         if cfg.eval_every and (step >= stop or step % eval_steps == 0) and (step or hasattr(model, "encoder")):
@@ -481,6 +481,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         if not math.isfinite(norm):
             sys.exit(f"gradients not finite at step {step + 1}, loss {metrics['loss'].item():.4g} in process {RANK}; "
                      "resume with --clip_grad 3 or --precision fp32, or start over with a lower learning rate")
+        sums = sums + torch.stack([*metrics.values()])
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -490,14 +491,17 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         busy += time.perf_counter() - began
 
         if step == stop or step % cfg.log_every == 0:
-            means = torch.stack([*metrics.values()]) / WORLD  # of this step, over processes
+            means = sums / (step - logged) / WORLD
             if WORLD > 1:
                 dist.all_reduce(means)
             note_bad(bad, new_bad, n, cfg)
+            memory = dict(peak_gib=torch.cuda.max_memory_allocated() / 2**30) if device.type == "cuda" else {}
             write_log(log, step=step, epoch=step / steps_per_epoch, **dict(zip(metrics, means.tolist())),
                       lr=lr, unreadable=len(bad), data_wait=waited / busy,
-                      images_per_s=(step - logged) * cfg.batch_size / busy)
-            logged, busy, waited = step, 0.0, 0.0
+                      images_per_s=(step - logged) * cfg.batch_size / busy, **memory,
+                      minutes=(time.perf_counter() - started) / 60,
+                      minutes_left=busy / 60 / (step - logged) * (stop - step))
+            logged, busy, waited, sums = step, 0.0, 0.0, 0
         if step == stop or caught or step % save_steps == 0:
             note_bad(bad, new_bad, n, cfg)
             if RANK == 0:
