@@ -8,7 +8,8 @@ Evaluate a pretrained encoder by fine-tuning, a linear probe, or nearest neighbo
     --eval             no training: accuracy of a fine-tuned model.pt on val/
 
 --init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm; which tensors are used,
-initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt.
+initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt; with
+--ema the average of its weights.
 
 One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
     imgs, labels = mix(imgs, labels)            # mixup or cutmix within the batch; labels become soft, (B, C)
@@ -20,8 +21,7 @@ One training step, `Classifier.forward`, for B images, N patches, width D, C cla
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
 block i is layer i + 1, head and fc_norm are layer depth + 1.
 
-Presets are for ViT-B but for those named otherwise. Inputs are normalized with ImageNet's mean and deviation, also for
-timm's files trained with 0.5.
+Inputs are normalized with ImageNet's mean and deviation, also for timm's files trained with 0.5.
 
     python finetune.py --preset quick --init out/quick/encoder.pt                       # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 finetune.py --preset ddae --data IMAGENET --init out/encoder.pt --out_dir out/ft
@@ -42,13 +42,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
 from analyze import choose, knn, read_center, read_each, sync_buffers
+from augment import Erase, FirstCrop, RandAugment
 from ddae import Block, ViT, init_weights
 
 
@@ -82,7 +82,7 @@ class Config(common.RunConfig):
     rand_augment: float = 9.0  # [MAE] magnitude of RandAugment, of 10; 0: none
     erase: float = 0.25  # [MAE] probability of random erasing
     crop_min: float = 0.08  # [MAE] smallest area of the random crop, fraction of the image
-    ema: float = 0.0  # [MAE App. A.2] decay of the average of the weights, which is evaluated and saved; 0: none
+    ema: float = 0.0  # [MAE App. A.2] decay of the average of the weights; 0: none
     crop_pct: float = 0.0  # [MAE] center crop / resized shorter side; 0: as in --init, else 224/256, above 224 pixels 1
 
     def __post_init__(self):
@@ -106,16 +106,14 @@ PRESETS = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "mae_huge": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3),
-    # DDAE states 8e-3 at batch 1024, and BEiT's protocol, whose command has 4e-3 at 1024. CAE has 8e-3 at 4096, which is
-    # MAE's rate.
-    "ddae": dict(),
+    "ddae": dict(),  # states 8e-3 at batch 1024; at 4096, as in CAE, this is MAE's rate
     "ddae_small": dict(base_lr=1e-3, layer_decay=0.75),  # 1.6e-2 at 4096
-    "ddae_beit": dict(base_lr=1e-3, warmup_epochs=20),
-    "ddae_literal": dict(base_lr=2e-3),
+    "ddae_beit": dict(base_lr=1e-3, warmup_epochs=20),  # 4e-3 at 1024 as in BEiT, whose protocol DDAE names
+    "ddae_literal": dict(base_lr=2e-3),  # 8e-3 at 1024
     "deepmim": dict(base_lr=5e-5),  # 2e-4 at 1024, not a base rate: its log for CLIP, below, peaks at the stated 4e-4
     "deepmim_clip": dict(base_lr=1e-4),
     "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs
-    "deepmim_code": dict(base_lr=1e-4, layer_decay=0.6),  # the command of its code, for CLIP after 1600 epochs
+    "deepmim_code": dict(base_lr=1e-4, layer_decay=0.6),  # its command, for CLIP after 1600 epochs
     "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "scratch": SCRATCH,
@@ -134,87 +132,19 @@ PRESETS = {
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-def affine(img, *matrix):
-    return img.transform(img.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
-
-
-FILL = tuple(round(255 * m) for m in common.MEAN)
-OPERATIONS = {  # of RandAugment: level x in [0, 1], and s = x or -x
-    "AutoContrast": lambda img, x, s: ImageOps.autocontrast(img),
-    "Equalize": lambda img, x, s: ImageOps.equalize(img),
-    "Invert": lambda img, x, s: ImageOps.invert(img),
-    "Rotate": lambda img, x, s: img.rotate(30 * s, Image.Resampling.BICUBIC, fillcolor=FILL),
-    "Posterize": lambda img, x, s: ImageOps.posterize(img, 4 - int(4 * x)),
-    "Solarize": lambda img, x, s: ImageOps.solarize(img, 256 - int(256 * x)),
-    "SolarizeAdd": lambda img, x, s: img.point(3 * [v + int(110 * x) * (v < 128) for v in range(256)]),
-    "Color": lambda img, x, s: ImageEnhance.Color(img).enhance(1 + 0.9 * s),
-    "Contrast": lambda img, x, s: ImageEnhance.Contrast(img).enhance(1 + 0.9 * s),
-    "Brightness": lambda img, x, s: ImageEnhance.Brightness(img).enhance(1 + 0.9 * s),
-    "Sharpness": lambda img, x, s: ImageEnhance.Sharpness(img).enhance(1 + 0.9 * s),
-    "ShearX": lambda img, x, s: affine(img, 1, 0.3 * s, 0, 0, 1, 0),
-    "ShearY": lambda img, x, s: affine(img, 1, 0, 0, 0.3 * s, 1, 0),
-    "TranslateX": lambda img, x, s: affine(img, 1, 0, 0.45 * s * img.width, 0, 1, 0),
-    "TranslateY": lambda img, x, s: affine(img, 1, 0, 0, 0, 1, 0.45 * s * img.height),
-}
-
-
-def rand_augment(img, magnitude):
-    """timm's rand-m9-mstd0.5-inc1 of uint8 (3, H, W): twice one of the operations, each with probability 1/2.
-
-    torchvision's RandAugment is weaker: it keeps 4 bits where this keeps 1, and has no noise on the magnitude.
-    """
-    img = v2.functional.to_pil_image(img)
-    for _ in range(2):
-        if torch.rand(()) < 0.5:
-            x = torch.normal(magnitude, 0.5, ()).clamp(0, 10).item() / 10
-            name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ())]
-            img = OPERATIONS[name](img, x, x if torch.rand(()) < 0.5 else -x)
-    return v2.functional.pil_to_tensor(img)
-
-
-class FirstCrop(v2.RandomResizedCrop):
-    """Takes the first draw, cut to the image, where torchvision draws again until one fits. [code: MAE]"""
-
-    def make_params(self, inputs):
-        H, W = inputs[0].shape[-2:]
-        area = H * W * torch.empty(()).uniform_(*self.scale)
-        aspect = torch.empty(()).uniform_(math.log(self.ratio[0]), math.log(self.ratio[1])).exp()
-        h, w = min(H, round((area / aspect).sqrt().item())), min(W, round((area * aspect).sqrt().item()))
-        top, left = torch.randint(H - h + 1, ()).item(), torch.randint(W - w + 1, ()).item()
-        return dict(top=top, left=left, height=h, width=w)
-
-
-class Erase(nn.Module):
-    """Random erasing of uint8 images. Noise as in MAE, of deviation 1 after normalization, but clipped to 0 and 255."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.erase = v2.RandomErasing(p, value="random")
-
-    def forward(self, img):  # (3, H, W)
-        mean, std = common.mean_std(img.device)
-        x = (img.float() / 255 - mean) / std
-        erased = self.erase(x)
-        if erased is x:
-            return img
-        return ((erased * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 class Samples(common.Samples):
     """Augmented crops uint8 (3, S, S) with their labels."""
 
     def __init__(self, source, cfg):
         super().__init__(source, cfg)
-        self.erase = Erase(cfg.erase)
         if cfg.mode == "linear":
             crop = FirstCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC)
             self.crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        augment = [RandAugment(cfg.rand_augment)] if cfg.rand_augment else []
+        self.crop = v2.Compose([self.crop, *augment, *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, item, rng):
-        img = self.crop(item[0])
-        if self.cfg.rand_augment:
-            img = rand_augment(img, self.cfg.rand_augment)
-        return self.erase(img) if self.cfg.erase else img, item[1]
+        return self.crop(item[0]), item[1]
 
 
 # --- ViT files --------------------------------------------------------------------------------------------------------
@@ -310,33 +240,29 @@ class Classifier(ViT):
         mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=num_classes)] if cfg.cutmix else []
         self.mixes = v2.RandomChoice(mixes) if mixes else None
 
-    @torch.compiler.disable  # its decisions would break the graph
+    @torch.compiler.disable  # every decision in it would break the graph
     def mix(self, imgs, labels):
-        """Mixup or cutmix within the batch: labels (B,) become soft, (B, C)."""
+        """Mixup or cutmix within the batch, by chance: labels (B,) -> (B, C)."""
         return self.mixes(imgs, labels)
 
     def forward(self, imgs, labels):
         """imgs (B, 3, H, W), labels (B,) -> loss (), metrics: name -> tensor ()."""
         if self.mixes:
-            imgs, labels = self.mix(imgs, labels)  # labels (B, C)
+            imgs, labels = self.mix(imgs, labels)
         logits = self.logits(imgs)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.cfg.smoothing)
         return loss, {} if self.mixes else {"train_acc1": 100 * (logits.argmax(-1) == labels).float().mean()}
-
-    @property
-    def exported(self):
-        return getattr(self, "average", self)
-
-    def after_step(self, step, steps_per_epoch):
-        if self.cfg.ema:
-            average = list(self.average.parameters())
-            get_ema_multi_avg_fn(self.cfg.ema)(average, list(self.parameters())[:len(average)], None)
 
     def logits(self, imgs):
         """imgs (B, 3, H, W) -> (B, C)."""
         tokens = super().forward(imgs)[-1]  # (B, 1 + N, D)
         x = self.fc_norm(tokens[:, 1:].mean(1)) if self.cfg.pool == "mean" else self.norm(tokens)[:, 0]  # (B, D)
         return self.head(self.bn(x))
+
+    def after_step(self, step, steps_per_epoch):
+        if self.cfg.ema:
+            average = list(self.exported.parameters())
+            get_ema_multi_avg_fn(self.cfg.ema)(average, list(self.parameters())[:len(average)], None)
 
 
 def build(cfg, weights, num_classes):
@@ -356,8 +282,8 @@ def build(cfg, weights, num_classes):
         frozen = nn.ModuleList((model.patch_embed, *model.blocks[:-cfg.last_k]))
         for p in (model.cls_token, model.pos_embed, *frozen.parameters()):
             p.requires_grad_(False)
-    if cfg.ema and not cfg.eval:
-        model.average = copy.deepcopy(model).requires_grad_(False)  # the last of the model's parameters
+    if cfg.ema:
+        model.exported = copy.deepcopy(model).requires_grad_(False)  # the average; its parameters come after the others
     return model
 
 
@@ -369,6 +295,9 @@ def layer_groups(model, prefix, depth, layer_decay, weight_decay, skip=("cls_tok
     In the ViT whose names begin with `prefix`, embeddings are layer 0 and block i is layer i + 1; all else is layer
     depth + 1. No weight decay on vectors and on names that end in one of `skip`. Frozen parameters are left out.
     """
+    if depth > 12 and layer_decay < 0.75:
+        common.print0(f"warning: --layer_decay {layer_decay:g}, and likely learning rate and drop path, are for ViT-B; "
+                      "presets for larger encoders end in _large or _huge")
     groups = {}
     for name, p in model.named_parameters():
         layer = depth + 1
@@ -413,13 +342,6 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.adam_betas, fused=True)
 
 
-def check_size(cfg):
-    """Warn of ViT-B's recipe for a larger encoder."""
-    if cfg.embed_dim > 768 and cfg.drop_path <= 0.1:
-        common.print0(f"warning: the encoder is larger than ViT-B, but --drop_path {cfg.drop_path:g}, --layer_decay "
-                      f"{cfg.layer_decay:g}, and the learning rate are ViT-B's; see the presets for large models")
-
-
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -428,7 +350,7 @@ def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None)
 
     keep: bool (C,), the classes that may be answered; None: all.
     """
-    model, source = model.exported, source or common.open_data(cfg, "val")
+    model, source = getattr(model, "exported", model), source or common.open_data(cfg, "val")
     sync_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, images
     read = functools.partial(read_center, source, cfg)
@@ -473,8 +395,6 @@ def main():
         torch.manual_seed(cfg.seed)
         model = build(cfg, weights, len(classes))
         if not cfg.eval:
-            if cfg.mode != "linear":
-                check_size(cfg)
             return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast)
     common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))

@@ -407,7 +407,7 @@ def test_defaults_are_the_paper_s_recipe():
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--img_size 20", "--img_size must be divisible by --patch_size 16"), ("--K 5", "must be divisible by --K 5"),
+    ("--img_size 20", "--img_size must be divisible by --patch_size 16"), ("--K 13", "--K 13 is above --depth 12"),
     ("--mask_ratio 1", "must leave some of 196 patches"), ("--num_heads 5", "--embed_dim must be divisible"),
     ("--beta_init 1 2 3", "--beta_init takes 1 or 4 values"), ("--momentum 0.9 0.9", "--momentum takes 1 or 3 values"),
     ("--pixel none --feature none", "leaves nothing to learn from"), ("--mask blok", "invalid choice: 'blok'")])

@@ -34,9 +34,10 @@ def fit(cfg, method, saved):
             sizes = finetune.vit_sizes(weights, config, path)
             fields = {k: sizes[k] for k in SIZES}
     if not training:
-        fields["out_dir"] = str(Path(path).parent)
         if not classes:
             sys.exit(f"--init {path} is no {method} model; give a model.pt of this script")
+        if cfg.out_dir == type(cfg).out_dir:  # the default
+            fields["out_dir"] = str(Path(path).parent)
     try:
         return replace(cfg, **fields), weights, classes
     except AssertionError as error:  # __post_init__
@@ -69,6 +70,7 @@ def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, pr
     """
     cfg, weights, classes = fit(cfg, Model.__name__.lower(), saved)
     device, autocast = common.setup(cfg)
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     if not cfg.predict:
         val = open_data(cfg, "val")
         other = [f"{was}, now {now}" for was, now in itertools.zip_longest(classes, val.classes) if was != now]

@@ -54,7 +54,7 @@ class Config:
 def open_folder(root, classes, expected):
     """ImageFolder whose labels are the model's, and which classes it has, bool (C,); expected: how many, 0: any."""
     try:
-        source = common.Folder(root)
+        source = common.Folder(Path(root))
     except FileNotFoundError as error:  # no images, or none in some class
         sys.exit(f"{root}: {error}")
     unknown = sorted(set(source.classes) - set(classes))
