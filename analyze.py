@@ -3,6 +3,7 @@ What training shows of a model besides its loss: kNN accuracy and validation los
 The reading of images for evaluation, which finetune.py and transfer/ share, is here as well.
 """
 import functools
+from collections import ChainMap
 
 import numpy as np
 import torch
@@ -38,15 +39,22 @@ class Attempt(Dataset):
             return None, {common.name_of(self.source, i): f"{type(error).__name__}: {error}"}
 
 
-def read_each(read, source, ids, cfg, batch_size=100):
-    """Yield lists of read(i) for this process's share of `ids`; all must exhaust it. Names and limits broken files."""
-    new_bad, mine = {}, ids[common.RANK::common.WORLD]
-    for pairs in common.make_loader(Attempt(read, source), cfg, batch_size=batch_size, sampler=mine, collate_fn=list):
-        for _, bad in pairs:
-            new_bad |= bad
-        if items := [item for item, bad in pairs if not bad]:
-            yield items
-    common.note_bad({}, new_bad, len(ids), cfg)
+def read_each(read, source, ids, cfg, batch_size=100, collate=list, bad=None):
+    """Yield collate([read(i), ...]) for this process's share of `ids`; all must exhaust it.
+
+    bad: gets broken files, name -> reason; None: they are named and limited at the end, in all processes together.
+    """
+    def stack(pairs):  # in the worker: a batch is one tensor to send, not a hundred
+        items = [item for item, broken in pairs if not broken]
+        return collate(items) if items else None, dict(ChainMap(*(broken for _, broken in pairs)))
+
+    found, mine = {} if bad is None else bad, ids[common.RANK::common.WORLD]
+    for batch, broken in common.make_loader(Attempt(read, source), cfg, stack, batch_size=batch_size, sampler=mine):
+        found |= broken
+        if batch is not None:
+            yield batch
+    if bad is None:
+        common.note_bad({}, found, len(ids), cfg)
 
 
 def sync_buffers(model):
@@ -59,15 +67,27 @@ def sync_buffers(model):
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def embed(encoder, source, ids, cfg, device, autocast):
-    """Mean patch features of the last block, of length 1, for all `ids` in all processes -> (n, D), labels (n,)."""
+def embed(encoder, source, ids, cfg, device, autocast, bad=None):
+    """Mean patch features of the last block, of length 1, for this process's share of `ids` -> (n, D), labels (n,)."""
     parts = [(torch.empty(0, cfg.embed_dim), torch.empty(0, dtype=torch.long))]
-    for items in read_each(functools.partial(read_center, source, cfg), source, ids, cfg):
-        imgs, labels = default_collate(items)[:2]
+    read = functools.partial(read_center, source, cfg)
+    for imgs, labels, _ in read_each(read, source, ids, cfg, collate=default_collate, bad=bad):
         with autocast:
             tokens = encoder.norm(encoder(common.to_device(imgs, labels, device)[0])[-1])  # (B, 1 + N, D)
         parts.append((F.normalize(tokens[:, 1:].float().mean(1)).cpu(), labels))
-    return [torch.cat(x).to(device) for x in zip(*sum(common.gather(parts), []))]
+    return [torch.cat(x) for x in zip(*parts)]
+
+
+def knn(encoder, cfg, device, autocast, *sets):
+    """kNN accuracy in percent and numbers of images, in all processes; sets: (source, ids) of train/, then of val/.
+
+    Weighted as in DINO, k = 20. Both sets are read before processes talk: a fork beside busy threads may hang.
+    """
+    bad = {}
+    parts = [embed(encoder, source, ids, cfg, device, autocast, bad) for source, ids in sets]
+    common.note_bad({}, bad, sum(len(ids) for _, ids in sets), cfg)
+    bank, queries = ([torch.cat(x).to(device) for x in zip(*part)] for part in zip(*common.gather(parts)))
+    return dict(knn=knn_accuracy(*bank, *queries), val_images=len(queries[0]), train_images=len(bank[0]))
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
@@ -90,19 +110,19 @@ def choose(n, limit):
 def evaluate_encoder(model, cfg, device, autocast, samples):
     """For pretraining: loss and metrics on val/, always with the same masks; with labels also kNN accuracy -> by name.
 
-    kNN is weighted as in DINO, k = 20. Exact for any number of processes.
+    Exact for any number of processes.
     """
     train, val, found, rows = samples.source, common.open_data(cfg, "val"), {}, []
     ids = choose(len(val), max(1, cfg.eval_images // 5))
     if getattr(train, "classes", []) != [""]:
         encoder = getattr(model, "exported", model.encoder)
-        bank = embed(encoder, train, choose(len(train), cfg.eval_images), cfg, device, autocast)
-        found["knn"] = knn_accuracy(*bank, *embed(encoder, val, ids, cfg, device, autocast))
-    for items in read_each(functools.partial(read_center, val, cfg), val, ids, cfg):
-        imgs, _, numbers = zip(*items)
-        draws = [samples.draw(np.random.default_rng((0, i)), cfg) for i in numbers]  # the same for every seed
+        sets = (train, choose(len(train), cfg.eval_images)), (val, ids)
+        found["knn"] = knn(encoder, cfg, device, autocast, *sets)["knn"]
+    read = functools.partial(read_center, val, cfg)
+    for imgs, _, numbers in read_each(read, val, ids, cfg, collate=default_collate):
+        draws = [samples.draw(np.random.default_rng((0, int(i))), cfg) for i in numbers]  # the same for every seed
         with autocast:
-            loss, metrics = model(*common.to_device(default_collate(imgs), default_collate(draws), device))
+            loss, metrics = model(*common.to_device(imgs, default_collate(draws), device))
         rows.append((len(imgs), {k: v.item() for k, v in dict(loss=loss, **metrics).items()}))
     rows = sum(common.gather(rows), [])  # the batches of all processes
     n = sum(count for count, _ in rows)

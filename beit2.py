@@ -68,7 +68,7 @@ class Config(common.RunConfig):
     aggregation: bool = True  # [BEiT v2] patch aggregation; --no-aggregation: none
     early_layers: int = 9  # [code] block whose patch tokens patch aggregation reads; ViT-L 21
     head_layers: int = 2  # [code] blocks of patch aggregation
-    K: int = 4  # [AAAI Table 4] supervised blocks, at depth / K * i
+    K: int = 4  # [AAAI Table 4] supervised blocks, at depth / K * i, rounded down
     dds: Literal["none", "d", "ds", "dds"] = "dds"  # [AAAI Table 5] deep dynamic supervision, halves of it, or none
     beta_init: tuple[float, ...] = (-0.5,)  # [AAAI Implementation] one for all blocks, or K values
     beta_learnable: bool = True  # [ICLR Table 7] --no-beta_learnable keeps beta fixed
@@ -92,7 +92,7 @@ class Config(common.RunConfig):
         assert 0 < self.num_mask < N, \
             f"--mask_ratio {self.mask_ratio} must leave some of {N} patches visible and some masked"
         assert self.embed_dim % self.num_heads == 0, "--embed_dim must be divisible by --num_heads"
-        assert self.depth % self.K == 0, f"--depth {self.depth} must be divisible by --K {self.K}"
+        assert self.K <= self.depth, f"--K {self.K} is above --depth {self.depth}"
         assert self.early_layers <= self.depth, f"--early_layers must be at most --depth {self.depth}"
         assert self.tokenizer, "--tokenizer is missing: VQ-KD's file, or pixels"
         for name, counts in dict(beta_init=(1, self.K), reg=(0, 1, self.K)).items():
@@ -176,13 +176,12 @@ class Block(nn.Module):
         return x + self.drop(self.gamma_2 * self.mlp(self.norm2(x)))
 
     def attend(self, x, positions):
-        B, T, D = x.shape
         bias = torch.cat((self.attn.q_bias, torch.zeros_like(self.attn.q_bias), self.attn.v_bias))  # none on keys
         x = F.linear(x, self.attn.qkv.weight, bias)
-        q, k, v = x.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
+        q, k, v = x.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
         bias = F.embedding(positions, self.attn.relative_position_bias_table).permute(2, 0, 1)  # (heads, T, T)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).expand(B, -1, -1, -1))
-        return self.attn.proj(x.transpose(1, 2).reshape(B, T, D))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
         if not self.training or not self.drop_path:
@@ -235,7 +234,7 @@ def sizes(weights):
     return dict(vit="beit2", img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=num_heads)
 
 
-# --- masking ----------------------------------------------------------------------------------------------------------
+# --- masking and loss weights -----------------------------------------------------------------------------------------
 
 def block_mask(rng, grid, num_mask):
     """Draw rectangles until at most `num_mask` patches are covered -> bool (h, w), True = masked. [BEiT Algorithm 1]
@@ -271,8 +270,6 @@ def draw_mask(rng, cfg):
     return mask
 
 
-# --- distance map and loss weights ------------------------------------------------------------------------------------
-
 def distance_map(mask, distances):
     """D(m), from each patch to the nearest visible one, 0 if visible: mask (B, N), distances (N, N) -> (B, N)."""
     return distances.masked_fill(mask.unsqueeze(-1), math.inf).amin(1)
@@ -292,7 +289,7 @@ def h_beta(distance, beta):
     return s / s.amax(-1, keepdim=True), excess
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------
+# --- targets and method -----------------------------------------------------------------------------------------------
 
 class PixelCodes(nn.Module):
     """Tokenizer without download: number of the nearest k-means code. Fork here: any (imgs, grid) -> (B, N, 1)."""
@@ -332,15 +329,13 @@ def fit_codes(cfg, images=500, iterations=20):
     return codes
 
 
-# --- the method -------------------------------------------------------------------------------------------------------
-
 class BEiT2(nn.Module):
     """Encoder, mask token, patch aggregation, head, tokenizer, and the K betas."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D, K = cfg, cfg.embed_dim, cfg.K
-        self.taps = [cfg.depth // K * i for i in range(1, K + 1)]  # g_i, counted from 1
+        self.taps = [cfg.depth * i // K for i in range(1, K + 1)]  # g_i, counted from 1
         self.supervised = self.taps[FIRST[cfg.dds]:]
         self.encoder = ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, cfg.num_heads, cfg.drop_path, cfg.layer_scale)
         common.init_encoder(self.encoder, cfg, own_tables)
@@ -360,10 +355,10 @@ class BEiT2(nn.Module):
         def per_block(values):  # one value for all, or K values -> (K,)
             return torch.tensor(values).repeat(K)[:K]
 
-        used = [cfg.dds == "dds" or cfg.dds == "d" and i == K - 1 for i in range(K)]  # blocks whose beta is used
-        self.beta = nn.Parameter(per_block(cfg.beta_init), requires_grad=cfg.beta_learnable and any(used))
-        reg = per_block(cfg.reg or [0.1 * g for g in self.taps]) * torch.tensor(used)
-        self.register_buffer("reg", reg, persistent=False)  # lambda_i
+        first = dict(dds=0, d=K - 1).get(cfg.dds, K)
+        self.dynamic = self.taps[first:]  # blocks whose beta acts
+        self.beta = nn.Parameter(per_block(cfg.beta_init)[first:], requires_grad=cfg.beta_learnable and first < K)
+        self.register_buffer("reg", per_block(cfg.reg or [0.1 * g for g in self.taps])[first:], persistent=False)
         cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))  # (N, 2)
         distances = torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N), in patches
         self.register_buffer("distances", distances, persistent=False)
@@ -379,14 +374,14 @@ class BEiT2(nn.Module):
         def mean(x):  # over the masked patches of each image, then over images: (..., B, M) -> (...)
             return (share * x).sum(-1).mean(-1)
 
-        weight, excess = self.weights(mask)  # (cfg.K, B, N), (cfg.K, B)
-        weight = weight.gather(2, ids_mask.expand(cfg.K, -1, -1))  # (cfg.K, B, M)
+        weight, excess = self.weights(mask)  # (K, B, N), (K, B); of the last block alone, or of none
+        weight = weight.gather(2, ids_mask.expand(len(weight), -1, -1))  # (K, B, M)
         target = self.tokenizer(imgs, self.encoder.grid).squeeze(-1).gather(1, ids_mask)  # (B, M)
         logits = self.predict(imgs, mask, ids_mask).float()  # (K + 1, B, M, C)
         error = F.cross_entropy(logits.flatten(0, 2), target.expand(len(logits), -1, -1).flatten(), reduction="none")
         error = error.view(logits.shape[:-1])  # (K + 1, B, M)
-        ce = mean(error)  # (K + 1,), unweighted: only such errors compare across betas
-        deep = mean(weight[-K:] * error[:K]) if cfg.dds in ("d", "dds") else ce[:K]
+        ce = mean(error)  # (K + 1,), unweighted, to compare across betas
+        deep = mean(weight * error[:K]) if self.dynamic else ce[:K]
         loss = deep.sum() + ce[K:].sum()  # Eq. 3, and patch aggregation
         loss = loss + cfg.reg_batch * (self.reg * excess.mean(1)).sum()  # Eq. 6; Algorithm 1 sums over the batch
         logged = dict(acc=100 * mean(logits[K - 1].argmax(-1) == target))  # of the last block, percent
@@ -420,8 +415,9 @@ class BEiT2(nn.Module):
         pred = self.predict(imgs, mask, ids.expand(len(imgs), -1))[len(self.supervised) - 1].argmax(-1)
         panels["visual tokens"] = codes[true].unflatten(1, grid)  # alike if the codes are
         panels["predicted"] = (codes[pred] * mask.unsqueeze(-1)).unflatten(1, grid)
-        panels["distance"] = distance_map(mask, self.distances).unflatten(1, grid)
-        for g, beta, weight in zip(self.taps, self.beta, self.weights(mask)[0]):  # weight (B, N)
+        if self.dynamic:
+            panels["distance"] = distance_map(mask, self.distances).unflatten(1, grid)
+        for g, beta, weight in zip(self.dynamic, self.beta, self.weights(mask)[0]):  # weight (B, N)
             panels[f"weight, block {g}\n(beta {beta:.2f})"] = weight.unflatten(1, grid)
         return panels
 

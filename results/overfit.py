@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-SEGMENT = "transfer.segment --img_size 128 --patch_size 8 --embed_dim 64 --depth 4 --num_heads 2 --channels 48 " \
+SEGMENT = "transfer.segment --no-rel_pos_bias --img_size 128 --patch_size 8 --embed_dim 64 --depth 4 --num_heads 2 --channels 48 " \
     "--drop_path 0 --scale 1 1 --no-distort --iterations 500 --warmup 20 --batch_size 8 --lr 4e-3 --layer_decay 1 " \
     "--eval_every 50 --log_every 50 --save_every 500"
 DETECT = "transfer.detect --img_size 192 --scale 1 1 --patch_size 16 --embed_dim 64 --depth 4 --num_heads 2 " \

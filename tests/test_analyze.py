@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, Run
 from matplotlib.image import imread
-from test_finetune import HERE, VIT, center, encoder, images, launch  # noqa: F401, fixtures
+from test_finetune import HERE, VIT, center, encoder, images  # noqa: F401, fixtures
 
 import analyze
 import common
@@ -31,7 +32,8 @@ def test_knn_of_two_processes_equals_a_loop(images, encoder):
         knn_by_loop(list(zip(x[:140], y[:140])), list(zip(x[140:], y[140:]))))
     broken = sorted((images / "train" / "bee").iterdir())[0]
     broken.write_text("no image")
-    out = launch(f"--mode knn --data {images} --init {encoder} --device cpu --num_workers 1 --max_bad 0.05")
+    flags = f"--mode knn --data {images} --init {encoder} --device cpu --num_workers 1 --max_bad 0.05"
+    out = Run(flags, 2, path=ROOT / "finetune.py").output()
     broken.unlink()
     vit = ddae.ViT(**VIT).eval()
     vit.load_state_dict(common.load(encoder)["model"])
