@@ -241,7 +241,7 @@ def test_a_data_worker_that_hangs_or_is_killed(hook, start, images, tmp_path):
 def test_a_terminal_that_is_closed_or_cannot_be_written(start, images, out):
     assert start("--max_steps 3", output="/dev/full").wait() == [0]
     command = f"{sys.executable} {ROOT / 'ddae.py'} {FLAGS} --max_steps 3 --data {images} --out_dir {out}/closed"
-    subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], check=True)
+    subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], check=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert steps(out) == [1, 2, 3] and differences(out, out / "closed") == []
 
 
