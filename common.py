@@ -116,8 +116,7 @@ def parse(Config, presets, doc="", argv=None):
         name = unknown[0].strip("-")
         near = [known for known in helps if known.endswith(name)] + difflib.get_close_matches(name, helps)
         parser.error(f"unknown {unknown[0]}" + f"; did you mean --{near[0]}?" * bool(near))
-    given = vars(given)
-    given = dict(ChainMap(given, *(presets[name] for name in reversed(given.pop("preset")))))
+    given = dict(ChainMap(vars(given), *(presets[name] for name in reversed(vars(given).pop("preset")))))
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     except AssertionError as error:  # __post_init__
@@ -394,9 +393,10 @@ def explained():
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a worker that died while it sent
-        if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader", "CUDA out of memory")):
+        if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
-        sys.exit(f"{error}\nLower --micro_batch if GPU memory is full, --num_workers if main memory or /dev/shm is")
+        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or give --micro_batch a "
+                 "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
 
 @explained()

@@ -30,7 +30,7 @@ def config(flags=""):
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
-    ("--epoch 3", "unrecognized arguments: --epoch 3"), ("--epochs ten", "invalid int value: 'ten'"),
+    ("--epoch 3", "unknown --epoch; did you mean --epochs?"), ("--epochs ten", "invalid int value: 'ten'"),
     ("--epochs 0", "--epochs must be finite and at least 1, got 0"), ("--base_lr nan", "--base_lr must be finite"),
     ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty")])
 def test_wrong_flags_get_a_line(flags, message, capsys):
