@@ -12,6 +12,7 @@ import torchvision
 from conftest import ROOT, TINY
 from PIL import Image
 
+import beit2
 import common
 import ddae
 import deepmim
@@ -20,7 +21,7 @@ import sdae
 from shapes import Shapes
 from transfer import detect, robustness, segment
 
-SCRIPTS = [ddae, deepmim, sdae, finetune, robustness, segment, detect]
+SCRIPTS = [ddae, deepmim, sdae, beit2, finetune, robustness, segment, detect]
 
 
 def config(flags=""):
