@@ -150,12 +150,13 @@ class Samples(common.Samples):
 # --- ViT files --------------------------------------------------------------------------------------------------------
 
 def read_weights(path):
-    """encoder.pt, model.pt, or a ViT of MAE or timm, bare or under "model" -> tensors by name, config ({} if none)."""
+    """A file with a ViT, written here, by MAE, or by timm -> tensors by name, flags of its run ({} if unknown)."""
     file = common.load(path)
     if not isinstance(file, dict) or not isinstance(file.get("model", file), dict):
         sys.exit(f"{path} holds no tensors by name")
     weights = {k.removeprefix("encoder."): v for k, v in file.get("model", file).items() if torch.is_tensor(v)}
-    return weights, file["config"] if isinstance(file.get("config"), dict) else {}
+    config = file.get("config", file.get("about"))  # last.pt has the latter
+    return weights, config if isinstance(config, dict) else {}
 
 
 def vit_sizes(weights, config, path):
