@@ -313,7 +313,7 @@ def pixel_picture(pred, patches, norm_pix):
 # --- the method -------------------------------------------------------------------------------------------------------
 
 class DDAE(nn.Module):
-    """Encoder, pixel decoder, feature decoder, teacher, and the K betas."""
+    """Encoder, pixel decoder, feature decoder, teacher, and a beta for each block whose loss is weighted."""
 
     def __init__(self, cfg):
         super().__init__()
