@@ -340,7 +340,7 @@ def save(out, model, optimizer, samples, device, autocast, **state):
         print0(f"warning: cannot save {last}: {error}")
         return False
     if hasattr(model, "preview"):
-        from analyze import save_preview  # needs matplotlib
+        from evaluate import save_preview  # needs matplotlib
         with torch.compiler.set_stance("force_eager"):
             save_preview(model, samples, device, autocast, out / "preview.png")
     return True
@@ -400,10 +400,10 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     """Train `model` on `samples`. The same command resumes a stopped run, bitwise on CPU.
 
     optimizer(model, cfg): groups may have an "lr_scale". schedule(step, steps_per_epoch, cfg) -> learning rate.
-    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: analyze.evaluate_encoder.
+    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: evaluate.evaluate_encoder.
     """
     if cfg.eval_every and not evaluate:
-        from analyze import evaluate_encoder as evaluate
+        from evaluate import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
     out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
     accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step

@@ -47,9 +47,9 @@ from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
-from analyze import choose, knn, read_center, read_each, sync_buffers
 from augment import Erase, FirstCrop, RandAugment
 from ddae import Block, ViT, init_weights
+from evaluate import choose, knn, read_center, read_each, sync_buffers
 
 
 @dataclass(frozen=True)
