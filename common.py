@@ -2,9 +2,9 @@
 What every image trainer needs and no paper is about: flags, data, schedule, checkpoints, and one training loop.
 Nothing here knows of masks, teachers, or decoders. A method file brings:
 
-    draw_mask(rng, cfg) -> int array (N,)     everything random about a sample besides its crop; runs in the data worker
+    draw_mask(rng, cfg) -> array              everything random about a sample besides its crop; runs in the data worker
     model = Method(cfg)                       reads the Config directly; the class name is the method's name in files
-    model(imgs, draws) -> loss, metrics       imgs (B, 3, H, W) normalized, draws (B, N); loss: a mean over images;
+    model(imgs, draws) -> loss, metrics       imgs (B, 3, H, W) normalized, draws stacked; loss: a mean over images;
                                               metrics: name -> 0-dim tensor, only logged if there is a slash in the name
     model.encoder                             what encoder.pt holds and kNN measures, unless there is a model.exported
     model.after_step(step, steps_per_epoch)   optional: EMA and the like; step counts from 1. Processes do not share
@@ -23,6 +23,7 @@ import argparse
 import atexit
 import contextlib
 import difflib
+import fcntl
 import functools
 import inspect
 import json
@@ -50,9 +51,6 @@ from tqdm import tqdm
 
 from sources import Folder, name_of, open_data, to_rgb  # noqa: F401, for scripts
 
-with contextlib.suppress(ImportError):  # Windows can read and evaluate, not train
-    import fcntl
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
@@ -65,11 +63,10 @@ DATA_TIMEOUT = 300  # seconds after which a batch that does not come ends the ru
 class RunConfig:
     """Flags of the run; init and seed may not change when it resumes, nor the recipe, which a script's Config adds."""
     data: str = "shapes"  # [ours] folder with train/ and val/, or of images; a torchvision data set; shapes (generated)
-    val_dir: str = ""  # [ours] folder of the validation images; none: val/, validation/, or test/ in --data
     out_dir: str = "out"  # [ours] checkpoints, log, and pictures; the same command resumes the run found there
     init: str = ""  # [ours] start from the encoder weights in this file
     seed: int = 0  # [ours] of everything random
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # [ours] auto: CUDA if there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto: CUDA if there is a GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that support it
     compile: bool = False  # [ours] torch.compile each block
     recompute: bool = False  # [ours] save memory: keep blocks' inputs only, and compute the rest again in the backward
@@ -113,8 +110,7 @@ def parse(Config, presets, doc="", argv=None):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].strip("-")
-        near = [known for known in helps if known.endswith(name)] + difflib.get_close_matches(name, helps)
+        near = [k for k in helps if k.endswith(unknown[0].strip("-"))] + difflib.get_close_matches(unknown[0], helps)
         parser.error(f"unknown {unknown[0]}" + f"; did you mean --{near[0]}?" * bool(near))
     given = dict(ChainMap(vars(given), *(presets[name] for name in reversed(vars(given).pop("preset")))))
     try:
@@ -201,7 +197,7 @@ def make_loader(dataset, cfg, collate_fn, **options):
     if cfg.num_workers:
         options |= dict(multiprocessing_context="fork", timeout=DATA_TIMEOUT, worker_init_fn=lambda _: os.setpgrp())
     return DataLoader(dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers,
-                      pin_memory=cfg.device in ("auto", "cuda") and torch.cuda.is_available(), **options)
+                      pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
 @functools.cache  # copied to the device once: a copy per step would wait for the GPU
@@ -275,8 +271,7 @@ def load_weights(module, weights, path):
 
 
 def init_encoder(encoder, cfg, rename=dict):
-    """--init: encoder.pt, or a ViT under timm's names, or under those that `rename` turns into them. A resumed run does
-    not need the file."""
+    """--init: encoder.pt, or a ViT whose names `rename` turns into timm's. A resumed run does not need the file."""
     if cfg.init and not any((Path(cfg.out_dir) / name).exists() for name in ("last.pt", "last.prev.pt")):
         file = load(cfg.init)
         load_weights(encoder, rename(file.get("model", file)), cfg.init)
@@ -345,7 +340,7 @@ def save(out, model, optimizer, samples, device, autocast, **state):
         print0(f"warning: cannot save {last}: {error}")
         return False
     if hasattr(model, "preview"):
-        from analyze import save_preview  # needs matplotlib
+        from evaluate import save_preview  # needs matplotlib
         with torch.compiler.set_stance("force_eager"):
             save_preview(model, samples, device, autocast, out / "preview.png")
     return True
@@ -366,7 +361,7 @@ def setup(cfg):
                                 device_id=torch.device("cuda", LOCAL_RANK) if cuda else None)
         atexit.register(dist.destroy_process_group)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device(cfg.device if cfg.device != "auto" else "cpu")
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -379,7 +374,7 @@ def gather(value):
 
 
 def wrap_blocks(model, cfg):
-    """--recompute and --compile for each block, which compiles in seconds and leaves the names in checkpoints."""
+    """--recompute and --compile, for every module whose class name ends in Block; names in checkpoints stay."""
     for block in (m for m in model.modules() if type(m).__name__.endswith("Block")):
         if cfg.recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -395,6 +390,7 @@ def explained():
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a worker that died while it sent
         if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for a worker that dies late
         sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or give --micro_batch a "
                  "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
@@ -404,10 +400,10 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     """Train `model` on `samples`. The same command resumes a stopped run, bitwise on CPU.
 
     optimizer(model, cfg): groups may have an "lr_scale". schedule(step, steps_per_epoch, cfg) -> learning rate.
-    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: analyze.evaluate_encoder.
+    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: evaluate.evaluate_encoder.
     """
     if cfg.eval_every and not evaluate:
-        from analyze import evaluate_encoder as evaluate
+        from evaluate import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
     out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
     accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step

@@ -168,7 +168,7 @@ class Block(nn.Module):
         x = x[:, first:] + self.drop(self.attend(self.norm1(x), first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-    def attend(self, x, first=0):
+    def attend(self, x, first):
         q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
         x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
         return self.attn.proj(x.transpose(1, 2).flatten(2))
@@ -296,7 +296,7 @@ def h_beta(distance, beta):
     return s / s.amax(-1, keepdim=True), excess
 
 
-# --- targets and method -----------------------------------------------------------------------------------------------
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 def pixel_target(patches, norm_pix):
     """Masked patches (B, M, P) -> target; norm_pix: mean 0, variance 1 per patch, as in MAE. Fork here: any target."""
@@ -310,8 +310,10 @@ def pixel_picture(pred, patches, norm_pix):
     return pred * (var + 1e-6).sqrt() + mean if norm_pix else pred
 
 
+# --- the method -------------------------------------------------------------------------------------------------------
+
 class DDAE(nn.Module):
-    """Encoder, pixel decoder, feature decoder, teacher, and the K betas."""
+    """Encoder, pixel decoder, feature decoder, teacher, and a beta for each block whose loss is weighted."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -19,8 +19,7 @@ One training step, `Classifier.forward`, for B images, N patches, width D, C cla
     loss   = cross_entropy(logits, labels)      # smoothed labels
 
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
-block i is layer i + 1, head and fc_norm are layer depth + 1. BEiT v2's position biases, one table for all blocks in
-pretraining, become one per block.
+block i is layer i + 1, head and fc_norm are layer depth + 1.
 
 Inputs are normalized with ImageNet's mean and deviation, also for timm's files trained with 0.5.
 
@@ -49,9 +48,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 import beit2
 import common
-from analyze import choose, knn, read_center, read_each, sync_buffers
 from augment import Erase, FirstCrop, RandAugment
 from ddae import ViT
+from evaluate import choose, knn, read_center, read_each, sync_buffers
+
+VITS = dict(plain=ViT, beit2=beit2.ViT)
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ PRESETS = {
     "deepmim_code": dict(base_lr=1e-4, layer_decay=0.6),  # its command, for CLIP after 1600 epochs
     "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "beit2": dict(base_lr=1.25e-4, warmup_epochs=20),  # 5e-4 at 1024; after 300 epochs of pretraining
+    "beit2": dict(base_lr=1.25e-4, warmup_epochs=20),  # [code: BEiT v2] 5e-4 at 1024; after 300 epochs of pretraining
     "beit2_1600": dict(base_lr=1.25e-4, warmup_epochs=20, layer_decay=0.6, drop_path=0.2),
-    "beit2_large": dict(base_lr=1.25e-4, epochs=50, layer_decay=0.8, drop_path=0.2),
+    "beit2_large": dict(base_lr=1.25e-4, epochs=50, layer_decay=0.8, drop_path=0.2),  # after 1600 epochs: 5e-5
     "scratch": SCRATCH,
     "scratch_large": SCRATCH | dict(epochs=200, drop_path=0.2),
     "linear": LINEAR,
@@ -156,12 +157,13 @@ class Samples(common.Samples):
 # --- ViT files --------------------------------------------------------------------------------------------------------
 
 def read_weights(path):
-    """encoder.pt, model.pt, or a ViT of MAE or timm, bare or under "model" -> tensors by name, config ({} if none)."""
+    """A file with a ViT, written here, by MAE, or by timm -> tensors by name, flags of its run ({} if unknown)."""
     file = common.load(path)
     if not isinstance(file, dict) or not isinstance(file.get("model", file), dict):
         sys.exit(f"{path} holds no tensors by name")
     weights = {k.removeprefix("encoder."): v for k, v in file.get("model", file).items() if torch.is_tensor(v)}
-    return weights, file["config"] if isinstance(file.get("config"), dict) else {}
+    config = file.get("config", file.get("about"))  # last.pt has the latter
+    return beit2.own_tables(weights), config if isinstance(config, dict) else {}
 
 
 def vit_sizes(weights, config, path):
@@ -205,7 +207,6 @@ def settle(cfg):
     sizes = dict(vit="plain", img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
     if path:
         weights, was = read_weights(path)
-        weights = beit2.own_tables(weights)
         config = dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was
         sizes |= beit2.sizes(weights) or vit_sizes(weights, config, path)
     for name, size in sizes.items():
@@ -232,7 +233,7 @@ def settle(cfg):
 # --- model ------------------------------------------------------------------------------------------------------------
 
 class Head(nn.Module):
-    """What turns a ViT into a classifier, under timm's names; cfg as from `settle`. --mode linear trains it alone."""
+    """Makes a ViT's subclass a classifier, under timm's names; cfg as from `settle`. --mode linear trains it alone."""
 
     def __init__(self, cfg, num_classes):
         super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
@@ -274,33 +275,22 @@ class Head(nn.Module):
             get_ema_multi_avg_fn(self.cfg.ema)(average, list(self.parameters())[:len(average)], None)
 
 
-class Classifier(Head, ViT):
-    pass
-
-
-class BEiT2Classifier(Head, beit2.ViT):
-    pass
-
-
 def build(cfg, weights, num_classes):
     """Classifier with `weights`, if any, besides a head that is initialized anew for training."""
-    Model = BEiT2Classifier if cfg.vit == "beit2" else Classifier
-    model = Model(cfg, num_classes)
+    model = type("Classifier", (Head, VITS[cfg.vit]), {})(cfg, num_classes)
     if weights:
-        own, head = model.state_dict(), () if cfg.eval else ("head.", "bn.")
+        top = [f"blocks.{i}." for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth)]
+        own, head = model.state_dict(), () if cfg.eval else ("head.", "bn.", *top)
         used = {k: v for k, v in weights.items() if k in own and not k.startswith(head)}
         anew = {k: v for k, v in own.items() if k not in used and k.startswith((*head, "fc_norm."))}
         common.load_weights(model, used if cfg.eval else used | anew, cfg.init)
         for what, names in (("used", used), ("initialized anew", anew), ("left out", weights.keys() - used)):
             counts = Counter(sorted(name.split(".")[0] for name in names))
             common.print0(f"{cfg.init}, tensors {what}: {', '.join(f'{k} ({n})' for k, n in counts.items()) or 'none'}")
-    fresh = Model(cfg, num_classes).blocks if cfg.reinit_last_k else []
-    for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
-        model.blocks[i] = fresh[i]
     if 0 < cfg.last_k < cfg.depth:
-        frozen = tuple(f"blocks.{i}." for i in range(cfg.depth - cfg.last_k))
+        frozen = "cls_token", "pos_embed", "patch_embed.", *(f"blocks.{i}." for i in range(cfg.depth - cfg.last_k))
         for name, p in model.named_parameters():
-            if name.startswith((*frozen, "cls_token", "pos_embed", "patch_embed")):
+            if name.startswith(frozen):
                 p.requires_grad_(False)
     if cfg.ema:
         model.exported = copy.deepcopy(model).requires_grad_(False)  # the average; its parameters come after the others
@@ -406,8 +396,7 @@ def main():
     if cfg.eval and trained_on not in ([], classes):
         sys.exit(f"{cfg.init} is for other classes than --data: {trained_on[:4]} ... and {classes[:4]} ...")
     if cfg.mode == "knn":
-        kind = beit2.ViT if cfg.vit == "beit2" else ViT
-        vit = kind(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
+        vit = VITS[cfg.vit](cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
         common.load_weights(vit, weights, cfg.init)
         cfg = replace(cfg, crop_pct=1.0)
         sets = (train, choose(len(train), cfg.eval_images)), (val, range(len(val)))

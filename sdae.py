@@ -174,7 +174,7 @@ class Block(nn.Module):
         x = x[:, first:] + self.drop(self.attend(self.norm1(x), first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-    def attend(self, x, first=0):
+    def attend(self, x, first):
         q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
         x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
         return self.attn.proj(x.transpose(1, 2).flatten(2))

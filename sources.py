@@ -22,7 +22,7 @@ def open_data(cfg, split):
         names = ("val", "validation", "test") if split == "val" else ("train", ".")
         found = next((path / name for name in names if (path / name).is_dir()), path / "val")
         try:
-            return Folder(Path(cfg.val_dir) if split == "val" and cfg.val_dir else found)
+            return Folder(found)
         except FileNotFoundError as error:  # no such folder, or no images in it
             sys.exit(f"--data {path.absolute()}, {split}: {error}")
     if not inspect.isclass(make):

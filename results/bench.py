@@ -4,7 +4,6 @@ Step times. All models run alternately in one process, so that drift of the mach
     python results/bench.py                 DDAE and MAE, ViT-B; block masks and distance maps compared with DDAE's step
     python results/bench.py --mae PATH      also a checkout of github.com/facebookresearch/mae; needs timm
     python results/bench.py --sdae          SdAE's four ways to feed the teacher compared with MAE, with FLOPs
-    python results/bench.py --beit2         DDS and deep supervision compared with plain BEiT v2, without VQ-KD
     python results/bench.py --device cuda --batch 256 [--compile]       bf16, with peak memory
 """
 import argparse
@@ -18,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import beit2  # noqa: E402
 import common  # noqa: E402
 import ddae  # noqa: E402
 import sdae  # noqa: E402
@@ -41,7 +39,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mae", metavar="PATH")
     parser.add_argument("--sdae", action="store_true")
-    parser.add_argument("--beit2", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=7)
@@ -69,14 +66,8 @@ def main():
                 model.after_step(1, 10000)
         return step
 
-    steps = {} if args.beit2 else {"MAE": stepper(ddae.DDAE(ddae.Config(**ddae.PRESETS["mae"])))}
-    if args.beit2:
-        beit2.fit_codes = lambda cfg: torch.randn(cfg.codes, 3 * cfg.patch_size ** 2)  # any 8,192 codes will do
-        for name, dds in (("BEiT v2", "none"), ("DS-BEiT v2", "ds"), ("DDS-BEiT v2", "dds")):
-            model = beit2.BEiT2(beit2.Config(tokenizer="pixels", codes=8192, dds=dds))
-            masks = [beit2.draw_mask(np.random.default_rng(i), model.cfg) for i in range(B)]
-            steps[name] = stepper(model, torch.from_numpy(np.stack(masks)).to(args.device))
-    elif args.sdae:
+    steps = {"MAE": stepper(ddae.DDAE(ddae.Config(**ddae.PRESETS["mae"])))}
+    if args.sdae:
         for feed in ("full", "masked", "crop", "folds"):
             steps[f"SdAE, {feed}"] = stepper(sdae.SdAE(sdae.Config(feed=feed)))
     else:
@@ -108,13 +99,12 @@ def main():
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
             steps[name]()
         flops[name] = counter.get_total_flops()
-    base = next(iter(steps))
     for name in steps:
-        if name != base and (args.sdae or args.beit2 or "MAE" in name):
-            ratios = np.array(times[name]) / times[base]  # pair by pair
-            print(f"{name:14} / {base}: time {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
-                  + (f", FLOPs {flops[name] / flops[base]:.3f}" if flops else ""))
-    if not (args.sdae or args.beit2):
+        if name != "MAE" and (args.sdae or "MAE" in name):
+            ratios = np.array(times[name]) / times["MAE"]  # pair by pair
+            print(f"{name:14} / MAE: time {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
+                  + (f", FLOPs {flops[name] / flops['MAE']:.3f}" if flops else ""))
+    if not args.sdae:
         share = (np.median(times["block masks"]) + np.median(times["distance maps"])) / np.median(times["DDAE"])
         print(f"block masks and distance maps / DDAE: {share:.3%}")
 

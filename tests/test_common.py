@@ -40,6 +40,11 @@ def test_wrong_flags_get_a_line(flags, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_presets_combine():
+    cfg = common.parse(ddae.Config, ddae.PRESETS, argv="--preset mae quick --epochs 5".split())
+    assert (cfg.pixel, cfg.mask, cfg.decoder_depth, cfg.img_size, cfg.epochs) == ("plain", "random", 1, 32, 5)
+
+
 @dataclass(frozen=True)
 class NoComment(common.RunConfig):
     speed: float = 1.0

@@ -1,8 +1,6 @@
 """DDAE against independent oracles: loops over patches, scipy, timm, closed forms, the papers' numbers."""
 import dataclasses
-import inspect
 import math
-import re
 
 import numpy as np
 import pytest
@@ -181,7 +179,7 @@ def slow_decoder(dec, latent, keep, N):
 
 def slow_loss(model, imgs, ids, reg, scale):
     """Eq. 2 to 6 patch by patch, for the deep and dynamic form with both branches."""
-    total, K, N = 0, len(model.taps), ids.shape[1]
+    total, N = 0, ids.shape[1]
     for img, order in zip(imgs, ids.tolist()):
         keep, masked = order[:model.cfg.num_keep], order[model.cfg.num_keep:]
         student, teacher = slow_encoder(model.encoder, img, keep), slow_encoder(model.teacher, img)

@@ -216,6 +216,12 @@ def test_position_table_equals_timm(encoder):
     assert build(f"--init {encoder} --img_size 32").logits(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
+def test_last_pt_tells_the_number_of_heads(tmp_path):
+    weights = {f"encoder.{k}": v for k, v in ddae.ViT(**VIT).state_dict().items()}
+    torch.save(dict(model=weights, about=VIT), tmp_path / "last.pt")
+    assert finetune.settle(config(f"--init {tmp_path}/last.pt"))[0].num_heads == 2
+
+
 def test_what_is_loaded_and_last_k_and_reinit_last_k(encoder, tuned, capsys):
     model, weights = build(f"--init {encoder} --last_k 2 --reinit_last_k 2"), common.load(encoder)["model"]
     out = capsys.readouterr().out

@@ -1,4 +1,5 @@
 """What only a GPU can show; skipped without one. At most five minutes: python -m pytest -s tests/test_gpu.py"""
+import dataclasses
 import os
 import resource
 import signal
@@ -48,8 +49,7 @@ def batch(B):
 def loss_and_gradient(name, device, bf16=False, compiled=False):
     torch.manual_seed(0)
     model = METHODS[name](**SMALL, **DECODER).to(device)
-    if compiled:
-        model.compile()
+    common.wrap_blocks(model, dataclasses.replace(model.cfg, compile=compiled))
     imgs, ids = common.to_device(*batch(8), torch.device(device))
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         loss, _ = model(imgs, ids)
@@ -84,8 +84,7 @@ def test_one_wait_per_step_and_speed(name, B, compiled, floor):
     torch.cuda.reset_peak_memory_stats()
     model = METHODS[name]().cuda()
     optimizer, data = common.adamw(model, model.cfg), [x.pin_memory() for x in batch(B)]
-    if compiled:
-        model.compile()
+    common.wrap_blocks(model, dataclasses.replace(model.cfg, compile=compiled))
     for _ in range(3):
         step(model, optimizer, *data)
     with warnings.catch_warnings(record=True) as caught:

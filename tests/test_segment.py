@@ -93,7 +93,8 @@ def test_head_is_upernet_written_out():
 
 def test_bias_and_layer_scale_start_without_effect_and_depend_on_the_offset_of_two_patches_alone():
     plain, biased = segment.Backbone(config("--no-rel_pos_bias")).eval(), segment.Backbone(config()).eval()
-    biased.load_state_dict(plain.state_dict(), strict=False)
+    missing, unexpected = biased.load_state_dict(plain.state_dict(), strict=False)
+    assert {k.split(".")[-1] for k in missing} == {"rel_pos", "gamma_1", "gamma_2"} and not unexpected
     for imgs in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 16, 56)):
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(plain(imgs), biased(imgs)))
     nn.init.normal_(biased.blocks[0].rel_pos, std=2.0)

@@ -292,7 +292,7 @@ class WindowedBlock(Block):
         for name in ("rel_pos_h", "rel_pos_w"):
             self.register_parameter(name, nn.Parameter(torch.zeros(2 * self.window - 1, dim // num_heads)))
 
-    def attend(self, x, first=0):  # (B, side * side, D)
+    def attend(self, x, first):  # (B, side * side, D); first is 0
         (B, _, D), n, side = x.shape, self.window, self.side
         count = -(-side // n)  # windows per side; the last are padded with zeros, which are attended to
         padding = count * n - side
@@ -537,7 +537,7 @@ def average_precision(found, source):
 
 @torch.no_grad()
 def evaluate(model, cfg, device, autocast, source):
-    """AP over `source` -> metrics by name; out_dir/results.json has the detections in COCO's format."""
+    """AP over `source` -> metrics by name; results.json (eval_results.json) has them in COCO's format."""
     finetune.sync_buffers(model)
     ids, found = range(len(source))[:cfg.eval_images or None], []
     for (img, record), in finetune.read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
@@ -550,8 +550,11 @@ def evaluate(model, cfg, device, autocast, source):
     found = sorted(sum(common.gather(found), []), key=lambda item: item[0]["id"])
     if common.RANK:
         return common.gather(None)[0]
-    with contextlib.suppress(OSError), common.replacing(Path(cfg.out_dir) / "results.json") as path:
-        path.write_text(json.dumps([e for _, entries in found for e in entries]))
+    try:
+        with common.replacing(Path(cfg.out_dir) / ("eval_results.json" if cfg.eval else "results.json")) as path:
+            path.write_text(json.dumps([e for _, entries in found for e in entries]))
+    except OSError as error:
+        common.print0(f"warning: detections not written: {error}")
     return common.gather(average_precision(found, source))[0]
 
 

@@ -28,7 +28,6 @@ Easy to get wrong, and done here as in the published runs:
     python -m transfer.segment --predict photo.jpg --init out/s/model.pt          # photo_segmented.png, beside model.pt
 """
 import colorsys
-import contextlib
 import itertools
 import json
 import sys
@@ -443,10 +442,13 @@ def evaluate(model, cfg, device, autocast, source):
     if common.RANK == 0:
         rows = zip(source.classes, iou.tolist(), acc.tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
         path = Path(cfg.out_dir) / ("eval_per_class.txt" if cfg.eval else "per_class.txt")
-        with contextlib.suppress(OSError), common.replacing(path) as temporary, open(temporary, "w") as file:
-            print(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}", file=file)
-            for name, i, a, labeled, predicted in rows:
-                print(f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}", file=file)
+        try:
+            with common.replacing(path) as temporary, open(temporary, "w") as file:
+                print(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}", file=file)
+                for name, i, a, labeled, predicted in rows:
+                    print(f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}", file=file)
+        except OSError as error:
+            common.print0(f"warning: {path} not written: {error}")
     return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
                 aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=count)
 
