@@ -107,7 +107,7 @@ def test_learning_rate_golden_values():
 def test_layer_decay_and_the_names_that_mae_decays(capsys):
     cfg = finetune.settle(config("--mode scratch --mixup 0 --cutmix 0"))[0]
     with torch.device("meta"):
-        model = finetune.Classifier(cfg, 1000)
+        model = finetune.build(cfg, {}, 1000)
     of = {id(p): g for g in finetune.make_optimizer(model, cfg).param_groups for p in g["params"]}
     found = {name: of[id(p)] for name, p in model.named_parameters()}
     assert len(of) == len(found) == 152 and not capsys.readouterr().out
@@ -225,7 +225,7 @@ def test_last_pt_tells_the_number_of_heads(tmp_path):
 def test_what_is_loaded_and_last_k_and_reinit_last_k(encoder, tuned, capsys):
     model, weights = build(f"--init {encoder} --last_k 2 --reinit_last_k 2"), common.load(encoder)["model"]
     out = capsys.readouterr().out
-    assert "blocks (36)" in out and "anew: fc_norm (2), head (2)\n" in out and "left out: norm (2)\n" in out
+    assert "used: blocks (12)" in out and "anew: blocks (24), fc_norm (2), head (2)\n" in out and "norm (2)\n" in out
     trained = {re.match(r"blocks\.\d|\w+", name)[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"blocks.1", "blocks.2", "fc_norm", "head"}
     kept = [torch.equal(b.attn.qkv.weight, weights[f"blocks.{i}.attn.qkv.weight"]) for i, b in enumerate(model.blocks)]
