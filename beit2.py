@@ -10,16 +10,16 @@ learnable power beta per block. Patch aggregation, BEiT v2's own auxiliary loss,
 patch tokens of block 9 lack, as two more blocks predict the visual tokens from these and the last block's [CLS].
 
 One training step, `BEiT2.forward`; the supervised blocks are g_i = depth / K * i, i = 1..K:
-    ids      = tokenizer(imgs)                                           # visual tokens of the whole image
+    target   = tokenizer(imgs)                                           # visual token of each patch
     distance = distance_map(mask)                                        # D(m), in patches; 0 if visible
     s_i      = softmax(distance ** beta_i);  weight_i = s_i / max(s_i)   # over the image's masked patches       Eq. 2
     outputs  = encoder(where(mask, mask_token, embed(imgs)))             # of every block
-    error_i  = cross_entropy(lm_head(norm(outputs[g_i])), ids)           # of the masked patches
-    error_c  = cross_entropy(lm_head(norm(cls_pt_layers(cat(outputs[12][CLS], outputs[9][patches])))), ids)
+    error_i  = cross_entropy(lm_head(norm(outputs[g_i])), target)        # of the masked patches
+    error_c  = cross_entropy(lm_head(norm(cls_pt_layers(cat(outputs[12][CLS], outputs[9][patches])))), target)
     loss     = sum_i mean(weight_i * error_i) + mean(error_c)                                                  # Eq. 3
              + reg_batch * sum_i lambda_i * mean(|s_i|_2 - 1 / sqrt(M))                                        # Eq. 6
 
-B images, N patches, M of them masked, or fewer, D width, C visual tokens, T tokens in attention.
+B images, N patches, at most M of them masked, D width, C visual tokens, T tokens in attention.
 
 `--dds` switches: dds (deep and dynamic), ds (deep supervision), d (dynamic weights on the last block alone), none. The
 last is BEiT v2; `--no-aggregation` leaves out patch aggregation.
@@ -276,10 +276,10 @@ def distance_map(mask, distances):
 
 
 def h_beta(distance, beta):
-    """Eq. 2 and Algorithm 1: distance (B, N), 0 if visible, beta (K,) -> weight (K, B, N) in [0, 1], excess (K, B).
+    """Eq. 2 and Algorithm 1: distance (B, M), 0 if visible, beta (K,) -> weight (K, B, M) in [0, 1], excess (K, B).
 
-    As in ddae.py, over the masked patches of each image, which may have more or fewer of them than others.
-    The excess of the L2 norm over its minimum, 1 / sqrt(M), keeps beta from extremes. Visible patches weigh 0.
+    As in ddae.py, but images may have different numbers of masked patches; visible ones weigh 0.
+    The excess of the L2 norm over its minimum, 1 / sqrt(M), keeps beta from extremes.
     """
     masked = distance > 0
     power = distance.where(masked, 1) ** beta[:, None, None]  # 0 ** -0.5 would be infinite, and its gradient NaN
@@ -289,7 +289,7 @@ def h_beta(distance, beta):
     return s / s.amax(-1, keepdim=True), excess
 
 
-# --- targets and method -----------------------------------------------------------------------------------------------
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 class PixelCodes(nn.Module):
     """Tokenizer without download: number of the nearest k-means code. Fork here: any (imgs, grid) -> (B, N, 1)."""
@@ -328,6 +328,8 @@ def fit_codes(cfg, images=500, iterations=20):
         codes = torch.where(count > 0, total / count.clamp(min=1), codes)
     return codes
 
+
+# --- the method -------------------------------------------------------------------------------------------------------
 
 class BEiT2(nn.Module):
     """Encoder, mask token, patch aggregation, head, tokenizer, and the K betas."""
@@ -374,8 +376,7 @@ class BEiT2(nn.Module):
         def mean(x):  # over the masked patches of each image, then over images: (..., B, M) -> (...)
             return (share * x).sum(-1).mean(-1)
 
-        weight, excess = self.weights(mask)  # (K, B, N), (K, B); of the last block alone, or of none
-        weight = weight.gather(2, ids_mask.expand(len(weight), -1, -1))  # (K, B, M)
+        weight, excess = self.weights(mask, ids_mask)  # (K, B, M), (K, B); of the last block alone, or of none
         target = self.tokenizer(imgs, self.encoder.grid).squeeze(-1).gather(1, ids_mask)  # (B, M)
         logits = self.predict(imgs, mask, ids_mask).float()  # (K + 1, B, M, C)
         error = F.cross_entropy(logits.flatten(0, 2), target.expand(len(logits), -1, -1).flatten(), reduction="none")
@@ -390,9 +391,10 @@ class BEiT2(nn.Module):
             logged |= {f"{name}/{g}": x.detach() for g, x in zip(self.taps[-len(values):], values)}
         return loss, logged
 
-    def weights(self, mask):
-        """Loss weights of masked patches and what Eq. 6 penalizes -> (K, B, N), (K, B). Fork here: other weightings."""
-        return h_beta(distance_map(mask, self.distances), self.beta)
+    def weights(self, mask, ids):
+        """Loss weights of patches `ids` and what Eq. 6 penalizes -> (K, B, M), (K, B). Fork here: other weightings."""
+        distance = distance_map(mask, self.distances).gather(1, ids)  # (B, M)
+        return h_beta(distance, self.beta)
 
     def predict(self, imgs, mask, ids):
         """Logits of the patches `ids` (B, M) by each supervised block and by patch aggregation -> (K + 1, B, M, C)."""
@@ -407,17 +409,18 @@ class BEiT2(nn.Module):
 
     def preview(self, imgs, mask):
         """Panels for preview.png: title -> images (B, 3, H, W), maps (B, h, w), or features (B, h, w, D)."""
-        cfg, grid, ids = self.cfg, self.encoder.grid, torch.arange(mask.shape[1], device=mask.device)
+        cfg, grid = self.cfg, self.encoder.grid
+        ids = torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)  # (B, N), all patches
         visible = patchify(imgs, cfg.patch_size) * ~mask.unsqueeze(-1)
         panels = {"input": imgs, "masked": unpatchify(visible, cfg.patch_size, grid)}
         codes = self.tokenizer.codes if cfg.tokenizer == "pixels" else self.tokenizer.head.codes  # (C, P) or (C, 32)
         true = self.tokenizer(imgs, grid).squeeze(-1)  # (B, N)
-        pred = self.predict(imgs, mask, ids.expand(len(imgs), -1))[len(self.supervised) - 1].argmax(-1)
+        pred = self.predict(imgs, mask, ids)[len(self.supervised) - 1].argmax(-1)
         panels["visual tokens"] = codes[true].unflatten(1, grid)  # alike if the codes are
         panels["predicted"] = (codes[pred] * mask.unsqueeze(-1)).unflatten(1, grid)
         if self.dynamic:
             panels["distance"] = distance_map(mask, self.distances).unflatten(1, grid)
-        for g, beta, weight in zip(self.dynamic, self.beta, self.weights(mask)[0]):  # weight (B, N)
+        for g, beta, weight in zip(self.dynamic, self.beta, self.weights(mask, ids)[0]):  # weight (B, N)
             panels[f"weight, block {g}\n(beta {beta:.2f})"] = weight.unflatten(1, grid)
         return panels
 
