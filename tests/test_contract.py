@@ -8,7 +8,6 @@ Its main is run with `--preset quick` at tiny sizes, on a folder of 64 images.
 import math
 import re
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -88,12 +87,9 @@ def test_a_run_stops_resumes_previews_and_exports(run, parts, tmp_path):
     assert (whole / "preview.png").stat().st_size > 10_000
 
     file = read(whole / "encoder.pt")
-    sizes = dict(img_size=16, patch_size=4, embed_dim=16, depth=4, num_heads=2, num_classes=0)
-    if "pos_embed" in file["model"]:
-        vit = timm.models.VisionTransformer(**sizes)
-    else:
-        vit = timm.models.beit.Beit(**sizes, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True,
-                                    global_pool="token", norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    name = "vit_base_patch16_224" if "pos_embed" in file["model"] else "beitv2_base_patch16_224"
+    vit = timm.create_model(name, img_size=16, patch_size=4, embed_dim=16, depth=4, num_heads=2, num_classes=0,
+                            global_pool="token")
     vit.load_state_dict(file["model"])
     _, model, imgs, _ = parts
     model.load_state_dict(read(whole / "last.pt")["model"])
