@@ -147,7 +147,8 @@ def rename(name):
 def test_plain_beit2_equals_a_straightforward_one():
     """Loss and all gradients; masked tokens of the whole batch in one mean, as in its code."""
     model, oracle, (imgs, mask) = make(dds="none"), official(), batch(fill=True)
-    oracle.load_state_dict({rename(k): v for k, v in model.state_dict().items() if k not in ("beta", "tokenizer.codes")})
+    weights = {rename(k): v for k, v in model.state_dict().items() if k not in ("beta", "tokenizer.codes")}
+    oracle.load_state_dict(weights)
     x = oracle.patch_embed(imgs)
     x = x * (1 - mask.float().unsqueeze(-1)) + oracle.mask_token * mask.float().unsqueeze(-1)
     outputs, bias = [torch.cat((oracle.cls_token.expand(4, -1, -1), x), 1)], oracle.rel_pos_bias()
