@@ -292,7 +292,7 @@ def h_beta(distance, beta):
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 class PixelCodes(nn.Module):
-    """Tokenizer without download: number of the nearest k-means code. Fork here: any (imgs, grid) -> (B, N, 1)."""
+    """Tokenizer without download: number of the nearest k-means code. Fork here: any with `codes` and `out_dim`."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -345,10 +345,10 @@ class BEiT2(nn.Module):
         with torch.random.fork_rng(devices=[]):  # initial weights do not depend on the tokenizer
             self.tokenizer = PixelCodes(cfg) if cfg.tokenizer == "pixels" else targets.codebook(cfg.tokenizer)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, D), std=0.02, a=-0.02, b=0.02))
-        self.cls_pt_layers = nn.ModuleList()
-        for number in range(cfg.early_layers + 1, cfg.early_layers + cfg.head_layers + 1) if cfg.aggregation else ():
-            rate = cfg.drop_path * min(1, (number - 1) / max(1, cfg.depth - 1))  # as of the encoder's block
-            self.cls_pt_layers.append(Block(D, cfg.num_heads, grid, number, cfg.layer_scale, rate))
+        numbers = range(cfg.early_layers + 1, cfg.early_layers + cfg.head_layers + 1) if cfg.aggregation else ()
+        rates = [cfg.drop_path * min(1, (i - 1) / max(1, cfg.depth - 1)) for i in numbers]  # as in the encoder
+        self.cls_pt_layers = nn.ModuleList(Block(D, cfg.num_heads, grid, i, cfg.layer_scale, rate)
+                                           for i, rate in zip(numbers, rates))
         self.lm_head = nn.Linear(D, self.tokenizer.out_dim)
         init_weights(self.lm_head)
         for block in (*self.encoder.blocks, *self.cls_pt_layers):  # one table for all
