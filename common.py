@@ -111,7 +111,7 @@ def parse(Config, presets, doc="", argv=None):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = [k for k in helps if k.endswith(unknown[0].strip("-"))] + difflib.get_close_matches(unknown[0], helps)
-        parser.error(f"unknown {unknown[0]}" + f"; did you mean --{near[0]}?" * bool(near))
+        parser.error(f"unknown {unknown[0]}" + "".join(f"; did you mean --{name}?" for name in near[:1]))
     given = dict(ChainMap(vars(given), *(presets[name] for name in reversed(vars(given).pop("preset")))))
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

@@ -33,7 +33,7 @@ def config(flags=""):
 @pytest.mark.parametrize("flags, message", [
     ("--epoch 3", "unknown --epoch; did you mean --epochs?"), ("--epochs ten", "invalid int value: 'ten'"),
     ("--epochs 0", "--epochs must be finite and at least 1, got 0"), ("--base_lr nan", "--base_lr must be finite"),
-    ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty")])
+    ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty"), ("--zzz 1", "unknown --zzz")])
 def test_wrong_flags_get_a_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         config(flags)
