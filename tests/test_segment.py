@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT, Run, differences, log
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
@@ -145,6 +146,23 @@ def test_layout_maps_0_to_unlabeled_and_k_to_k_minus_1(tmp_path):
     source = segment.Ade(root, "train", 0)
     assert source[0][1][::2, ::20].flatten().tolist() == [255, 0, 1, 2, 3, 255] and len(source) == 5
     assert source.classes == ["k0", "k1", "k2", "k3"] and len(segment.Ade(root, "val", 150).classes) == 150
+    source = segment.Ade(root, "train", 5, 0, 4)
+    with pytest.raises(SystemExit, match="0.png has label 255, but 5 classes from 0 end at 4"):
+        source[0]
+    Image.fromarray(np.minimum(raw, 4)).save(root / "annotations/training/0.png")
+    assert source[0][1][::2, ::20].flatten().tolist() == [0, 1, 2, 3, 255, 255] and source.classes[4] == "class 4"
+
+
+def test_shares_of_labels_are_printed_and_unnamed_classes_refused(tmp_path, capsys):
+    root = ade(tmp_path)
+    segment.open_pairs(config(f"--data {root} --ignore_label 4"), "train")
+    n = sum(np.bincount(np.array(Image.open(p)).ravel()) for p in (root / "annotations/training").iterdir())
+    n0, n1, n2, n3, n4 = n / n.sum()
+    assert f"training: 3 of 5 classes in 5 of 5 files: 1 k0 {n1:.1%}, 2 k1 {n2:.1%}, 3 k2 {n3:.1%}; unlabeled (0, 4) " \
+        f"{n0 + n4:.1%}\n" in capsys.readouterr().out
+    (root / "classes.json").unlink()
+    with pytest.raises(SystemExit, match="no classes.json"):
+        segment.Ade(root, "train")
 
 
 def test_samples_depend_on_their_key_alone_and_are_padded_with_gray_right_and_below(tmp_path):
@@ -212,7 +230,7 @@ def test_slide_equals_the_whole_image_for_a_1x1_convolution():
         assert seen == [(1, 3, 32, 32)] * windows  # one shape, whatever the image's: kernels are planned once
 
 
-def test_evaluation_counts_at_the_size_of_labels_and_ends_on_nan(tmp_path):
+def test_evaluation_counts_at_the_size_of_labels_of_a_spread_and_ends_on_nan(tmp_path, monkeypatch):
     cfg, source, logit = config(f"--out_dir {tmp_path}"), segment.Ade(ade(tmp_path), "val", 0), torch.zeros(4)
     model = SimpleNamespace(logits=lambda imgs: logit.view(1, 4, 1, 1).expand(1, 4, 32, 32))
     logit[2] = 1  # it says class 2 everywhere
@@ -225,6 +243,10 @@ def test_evaluation_counts_at_the_size_of_labels_and_ends_on_nan(tmp_path):
     logit[3] = math.nan
     with pytest.raises(SystemExit, match="not finite"):
         segment.evaluate(model, cfg, torch.device("cpu"), FP32, source)
+    monkeypatch.setattr(segment, "read_each", lambda read, source, ids, *_, **more: seen.extend(ids) or [])
+    source.samples, seen = source.samples * 30, []
+    segment.evaluate(model, cfg, torch.device("cpu"), FP32, source)
+    assert len(seen) == 3 and max(seen) > 9
 
 
 def test_resumes_bitwise_without_the_init_file_and_then_evaluates_and_predicts(tmp_path, monkeypatch, capsys):
@@ -242,8 +264,14 @@ def test_resumes_bitwise_without_the_init_file_and_then_evaluates_and_predicts(t
     for out, more in ((whole, f"--init {whole}/model.pt"), (new, f"--init {whole}/model.pt --out_dir {new}")):
         Run(f"{TINY} --data {data} --eval {more}", 2, path=ROOT / "transfer/segment.py").wait()
         main(monkeypatch, f"--predict {photo} {more}")
-        assert {p.name for p in {*out.iterdir()} - before} == {"eval_per_class.txt", "photo_segmented.png"}
+        assert {p.name for p in {*out.iterdir()} - before} == {"eval_per_class.txt", "predicted"}
         assert (out / "eval_per_class.txt").read_text() == table == (whole / "per_class.txt").read_text()
+    main(monkeypatch, f"--predict {data}/images/validation --out_dir {whole}")
+    assert {p.name for p in (whole / "predicted").iterdir()} == {f"{i}{x}.png" for i in (0, 1, 2, "photo")
+                                                                for x in ("", "_segmented")}
+    found, true = (torch.cat([torchvision.io.decode_image(f"{path}/{i}.png").flatten() for i in range(3)])
+                   for path in (whole / "predicted", data / "annotations/validation"))
+    assert 100 * (found == true)[true > 0].double().mean() == pytest.approx(log(whole)[-1]["aAcc"], rel=1e-5)
     (data / "classes.json").write_text(json.dumps([dict(name=f"k{k}") for k in (1, 0, 2, 3)]))
     with pytest.raises(SystemExit, match="trained on other classes .* k0, now k1; k1, now k0"):
         main(monkeypatch, f"--eval --data {data} --out_dir {cut}")
@@ -253,13 +281,12 @@ def test_broken_files_are_skipped_counted_and_limited(tmp_path, monkeypatch, cap
     root, out = ade(tmp_path / "data", counts=(12, 3)), tmp_path / "out"
     (root / "images/training/0.png").write_bytes(b"no image")
     (root / "annotations/training/1.png").unlink()
-    Image.new("L", Image.open(root / "images/training/2.png").size, 9).save(root / "annotations/training/2.png")
     Image.new("L", (5, 5)).save(root / "annotations/validation/1.png")
     main(monkeypatch, f"--data {root} --out_dir {out} --max_bad 0.5")
     said = capsys.readouterr().out
     assert "training/0.png: Unidentified" in said and "training/1.png: FileNotFoundError" in said
-    assert "training/2.png has label 9" in said and "validation/1.png has mode L and size (5, 5)" in said
-    assert log(out)[-2]["unreadable"] == 3 and log(out)[-1]["val_images"] == 2
+    assert "validation/1.png has mode L and size (5, 5)" in said
+    assert log(out)[-2]["unreadable"] == 2 and log(out)[-1]["val_images"] == 2
     with pytest.raises(SystemExit, match="1 of 3 images are unreadable, more than --max_bad"):
         main(monkeypatch, f"--data {root} --out_dir {out} --eval")
 

@@ -149,8 +149,8 @@ class Ade:
             counts += item[1].flatten().bincount(minlength=IGNORE + 1) if item else 0
         share = (counts / counts.sum()).tolist()
         shown = [f"{i} {name} {x:.1%}" for i, (name, x) in enumerate(zip(self.classes, share), self.first) if x > 0]
-        common.print0(f"{self.folder}, pixels in {len(files)} of {len(self):,} files: {share[IGNORE]:.1%} unlabeled; "
-                      f"{len(shown)} of {len(self.classes)} classes: {', '.join(shown)}")
+        common.print0(f"{self.folder}: {len(shown)} of {len(self.classes)} classes in {len(files)} of {len(self):,} "
+                      f"files: {', '.join(shown)}; unlabeled ({'0, ' * self.first}{self.ignored}) {share[IGNORE]:.1%}")
         if not shown:
             sys.exit(f"no pixel is labeled; {broken}")
 
