@@ -340,7 +340,7 @@ class BEiT2(nn.Module):
         self.taps = [cfg.depth * i // K for i in range(1, K + 1)]  # g_i, counted from 1
         self.supervised = self.taps[FIRST[cfg.dds]:]
         self.encoder = ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, cfg.num_heads, cfg.drop_path, cfg.layer_scale)
-        common.init_encoder(self.encoder, cfg, own_tables)
+        common.init_encoder(self.encoder, cfg)
         grid = self.encoder.grid
         with torch.random.fork_rng(devices=[]):  # initial weights do not depend on the tokenizer
             self.tokenizer = PixelCodes(cfg) if cfg.tokenizer == "pixels" else targets.codebook(cfg.tokenizer)

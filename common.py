@@ -251,9 +251,9 @@ def replacing(path):
 def load(path):
     """Read a file of torch.save, tensors and plain values. Ends the program on damage, which torch.load overlooks."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, torch.serialization.safe_globals([argparse.Namespace]):  # MAE's flags
             assert archive.testzip() is None, "flipped bits"
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         sys.exit(f"{path} is missing, damaged, or no checkpoint of tensors and plain values: {str(error):.80}")
 
@@ -269,11 +269,11 @@ def load_weights(module, weights, path):
     module.load_state_dict({name: weights[name] for name in own})
 
 
-def init_encoder(encoder, cfg, rename=dict):
-    """--init: encoder.pt, or a ViT whose names `rename` turns into timm's. A resumed run does not need the file."""
+def init_encoder(encoder, cfg):
+    """--init: encoder.pt, or a ViT under timm's names. A resumed run does not need the file."""
     if cfg.init and not any((Path(cfg.out_dir) / name).exists() for name in ("last.pt", "last.prev.pt")):
-        file = load(cfg.init)
-        load_weights(encoder, rename(file.get("model", file)), cfg.init)
+        from vit_files import load_encoder
+        load_encoder(encoder, cfg.init)
 
 
 def describe(cfg, model, source):

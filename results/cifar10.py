@@ -1,11 +1,11 @@
 """
-All methods on CIFAR-10 at equal budgets: nearest neighbors, linear probe, and fine-tuning.
+All methods on CIFAR-10 at equal budgets: nearest neighbors, logistic regression, and fine-tuning.
 
     python results/cifar10.py --data ./cifar10 --out_dir out/cifar10        # four hours on two cores
 
 The same command resumes the study; finished runs are not repeated. Each run is one command of this repository, printed
 when it starts. `--data` is CIFAR-10 as train/ and val/ of class folders, or torchvision's name CIFAR10. The rows:
-    untrained    linear probe and nearest neighbors of a random encoder
+    untrained    nearest neighbors and logistic regression with a random encoder
     scratch      the epochs of fine-tuning without pretraining
     mae, deepmim, ddae, sdae, beit2 without DDS, with its halves, and with DDS
 All methods pretrain for the same steps with the same encoder, crops, batch size, and learning rate. Only MAE's decoder
@@ -41,7 +41,6 @@ METHODS = {
 }
 FINETUNE = "finetune.py --preset quick --epochs 2 --warmup_epochs 0.4 --log_every 50"
 SCRATCH = f"finetune.py --preset quick_scratch {SIZE_FLAGS} --epochs 2 --warmup_epochs 0.4 --log_every 50"
-LINEAR = "finetune.py --preset quick_linear --epochs 2 --log_every 50"
 
 
 def run(command, out_dir):
@@ -88,10 +87,10 @@ def main():
         if name in METHODS:
             run(f"{METHODS[name]} {PRETRAIN} {end}", out)
             tuned = accuracy(f"{FINETUNE} {init}", out / "finetune")
-        found = run(f"finetune.py --mode knn --eval_images 10000 {init}", out / "knn")
-        knn = f"{float(re.search(r'knn +([0-9.]+)', found)[1]):.1f}"
-        rows.append((name, knn, accuracy(f"{LINEAR} {init}", out / "linear"), tuned))
-    print("| encoder | kNN | linear | fine-tuned |\n|---|---|---|---|")
+        found = [run(f"finetune.py --mode {mode} --eval_images 10000 {init}", out / mode) for mode in ("knn", "probe")]
+        frozen = [f"{float(re.search(r'^(knn|probe) +([0-9.]+)', text, re.M)[2]):.1f}" for text in found]
+        rows.append((name, *frozen, tuned))
+    print("| encoder | kNN | probe | fine-tuned |\n|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
