@@ -308,7 +308,7 @@ def reconstruction(cfg, path):
         if hasattr(model, "pixel_decoder"):
             shown |= block_pictures(model, imgs, draws)
     for title, x in shown.items():
-        if title.startswith(("input", "masked", "target", "teacher")):
+        if title.startswith(("input", "masked", "true", "target", "teacher")):
             panels[title] = target = x
         elif title.startswith(("block", "student")):
             panels[title], error = x, (1 - F.cosine_similarity(x, target, dim=-1)) * x.any(-1)  # (B, h, w)

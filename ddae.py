@@ -81,9 +81,9 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_vit(self)
-        assert self.K <= self.depth, f"--K {self.K} is above --depth {self.depth}"
+        K, deep = self.K, {self.pixel, self.feature} & {"ds", "dds"}
+        assert K <= self.depth or not deep, f"--K {K} is above --depth {self.depth}"
         assert {self.pixel, self.feature} != {"none"}, "--pixel none --feature none leaves nothing to learn from"
-        K = self.K
         for name, counts in dict(beta_init=(1, K), loss_scale=(1, K), reg=(0, 1, K), momentum=(1, 3)).items():
             assert len(getattr(self, name)) in counts, f"--{name} takes {' or '.join(map(str, counts))} values"
 
