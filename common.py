@@ -46,10 +46,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sources import Folder, name_of, open_data, to_rgb  # noqa: F401, for scripts
+from sources import Crop, Folder, draft, name_of, open_data, planar, to_rgb  # noqa: F401, for scripts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
@@ -136,9 +136,7 @@ class Samples(Dataset):
 
     def __init__(self, source, cfg, draw=None):
         self.source, self.cfg, self.draw = source, cfg, draw
-        self.crop = v2.Compose([
-            v2.RandomResizedCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip()])
+        self.crop = v2.Compose([Crop(cfg.img_size, (cfg.crop_min, 1.0)), v2.RandomHorizontalFlip()])
 
     def __getitem__(self, key):
         """-> what `sample` returns, and the unreadable files: name -> reason."""
@@ -155,12 +153,12 @@ class Samples(Dataset):
         sys.exit(f"20 unreadable images in a row: {bad}")
 
     def read(self, index):
-        """-> uint8 (3, H, W), label. An error here means a broken file."""
+        """-> crop uint8 (3, S, S), label. An error here means a broken file."""
         image, label = self.source[index]
-        return to_rgb(image), label
+        return self.crop(image), label
 
     def sample(self, item, rng):
-        return self.crop(item[0]), self.draw(rng, self.cfg)
+        return item[0], self.draw(rng, self.cfg)
 
     def collate(self, batch):
         """-> images uint8 (B, 3, H, W), draws (B, ...), unreadable files."""

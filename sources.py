@@ -1,14 +1,16 @@
 """Where images come from: folders, torchvision's data sets by name, and generated shapes."""
 import inspect
+import math
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision
 from filelock import FileLock  # torch needs it, too
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from shapes import Shapes
 
@@ -63,3 +65,33 @@ def to_rgb(image):
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (PIL mode {image.mode}) have no known range; convert them to 8 or 16 bits")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def planar(image):
+    """uint8 (3, H, W), channels together in memory as in PIL -> the same, channel after channel; faster than torch."""
+    return torch.from_numpy(np.ascontiguousarray(image.numpy()))
+
+
+def draft(image, scale):
+    """Have a JPEG decoded at 1/2, 1/4, or 1/8 of its size if it then is at least `scale` times as large as the file."""
+    image.draft("RGB", [math.ceil(n * scale) for n in image.size])
+
+
+class Crop(v2.RandomResizedCrop):
+    """torchvision's crop of a PIL image, bicubic -> uint8 (3, S, S).
+
+    Bitwise the same as on a tensor, but only the crop is converted. Large JPEGs, see `draft`, differ by rounding.
+    """
+
+    def __init__(self, size, scale):
+        super().__init__(size, scale, interpolation=InterpolationMode.BICUBIC)
+
+    def transform(self, image, params):
+        if isinstance(image, Image.Image):
+            (W, H), (top, left, h, w) = image.size, (params[k] for k in ("top", "left", "height", "width"))
+            draft(image, self.size[0] / min(h, w))
+            fx, fy = image.width / W, image.height / H
+            box = round(left * fx), round(top * fy), round((left + w) * fx), round((top + h) * fy)
+            image = to_rgb(image.crop(box))
+            params = dict(top=0, left=0, height=image.shape[1], width=image.shape[2])
+        return planar(super().transform(image, params))
