@@ -2,6 +2,7 @@
 Images per second and core of the loader, and the time of a mask. Alternated in one process.
 
     python results/bench_loader.py loader --data FOLDER      FOLDER/train has class folders of JPEGs
+    python results/bench_loader.py loader --data CIFAR10 --img_size 32 --patch_size 4       small images stay in memory
     python results/bench_loader.py mask
 """
 import argparse
@@ -38,9 +39,9 @@ def loader(args):
     """DDAE's samples, mask included, against MAE's own pipeline (its main_pretrain.py), with collation; no workers."""
     torch.set_num_threads(1)
     mae = datasets.ImageFolder(f"{args.data}/train", transforms.Compose([
-        transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomResizedCrop(args.img_size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)]))
-    cfg = ddae.Config(data=args.data)
+    cfg = ddae.Config(data=args.data, img_size=args.img_size, patch_size=args.patch_size)
     source = common.open_data(cfg, "train")
     samples, ids = common.Samples(source, cfg, ddae.draw_mask), range(min(args.images, len(source)))
     times = alternate({
@@ -74,6 +75,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["loader", "mask"])
     parser.add_argument("--data", help="folder with train/, with a folder of JPEGs per class")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--patch_size", type=int, default=16)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
