@@ -45,12 +45,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sources import Folder, name_of, open_data, to_rgb  # noqa: F401, for scripts
+from sources import MEAN, STD, Crop, Folder, draft, mean_std, name_of, open_data, planar, to_rgb  # noqa: F401
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
 DATA_TIMEOUT = 300  # seconds after which a batch that does not come ends the run
@@ -135,9 +134,7 @@ class Samples(Dataset):
 
     def __init__(self, source, cfg, draw=None):
         self.source, self.cfg, self.draw = source, cfg, draw
-        self.crop = v2.Compose([
-            v2.RandomResizedCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip()])
+        self.crop = v2.Compose([Crop(cfg.img_size, (cfg.crop_min, 1.0)), v2.RandomHorizontalFlip()])
 
     def __getitem__(self, key):
         """-> what `sample` returns, and the unreadable files: name -> reason."""
@@ -154,12 +151,12 @@ class Samples(Dataset):
         sys.exit(f"20 unreadable images in a row: {bad}")
 
     def read(self, index):
-        """-> uint8 (3, H, W), label. An error here means a broken file."""
+        """-> crop uint8 (3, S, S), label. An error here means a broken file."""
         image, label = self.source[index]
-        return to_rgb(image), label
+        return self.crop(image), label
 
     def sample(self, item, rng):
-        return self.crop(item[0]), self.draw(rng, self.cfg)
+        return item[0], self.draw(rng, self.cfg)
 
     def collate(self, batch):
         """-> images uint8 (B, 3, H, W), draws (B, ...), unreadable files."""
@@ -199,17 +196,11 @@ def make_loader(dataset, cfg, collate_fn, **options):
                       pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
-@functools.cache  # copied to the device once: a copy per step would wait for the GPU
-def mean_std(device):
-    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
-
-
 def to_device(imgs, draws, device):
     """uint8 images (B, 3, H, W) -> normalized, on the device, with their draws. Either may be a list of tensors."""
     mean, std = mean_std(device)
-    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
-    imgs = tree_map_only(torch.Tensor, lambda x: (move(x).float() / 255 - mean) / std, imgs)
-    return imgs, tree_map_only(torch.Tensor, move, draws)
+    imgs, draws = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), (imgs, draws))
+    return tree_map_only(torch.Tensor, lambda x: (x.float() / 255 - mean) / std, imgs), draws
 
 
 # --- optimizer and schedule -------------------------------------------------------------------------------------------
@@ -319,12 +310,20 @@ def open_log(path):
     return file
 
 
+@functools.cache  # once per run
+def hint_slow_data():
+    print0("hint: over 20% of the time goes into waiting for data: raise --num_workers if there are cores left, shrink "
+           "large images (python -m results.shrink), or copy the data to a local disk")
+
+
 def write_log(log, **line):
     """Log numbers by name, and print those without a slash in their name."""
     print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if "/" not in k))
     line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     with contextlib.suppress(OSError):  # disk full: the next save warns
         log.write(json.dumps(line).encode() + b"\n")
+    if line.get("data_wait", 0) > 0.2:
+        hint_slow_data()
 
 
 def save(out, model, optimizer, samples, device, autocast, **state):

@@ -28,9 +28,10 @@ import common
 def read_center(source, cfg, i):
     """Resize the shorter side to img_size / crop_pct and cut out the center -> uint8 (3, S, S), label, i."""
     image, label = source[i]
-    side = [round(cfg.img_size / getattr(cfg, "crop_pct", 1.0))]  # pretraining does not crop
-    image = v2.functional.resize(common.to_rgb(image), side, InterpolationMode.BICUBIC)
-    return v2.functional.center_crop(image, [cfg.img_size]), label, i
+    side = round(cfg.img_size / getattr(cfg, "crop_pct", 1.0))  # pretraining does not crop
+    common.draft(image, 2 * side / min(image.size))  # twice as large: a crop in training may be blurred, but not this
+    image = v2.functional.resize(common.to_rgb(image), [side], InterpolationMode.BICUBIC)
+    return common.planar(v2.functional.center_crop(image, [cfg.img_size])), label, i
 
 
 class Photos(Dataset):

@@ -46,7 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 import beit2
 import common
@@ -150,13 +150,12 @@ class Samples(common.Samples):
     def __init__(self, source, cfg):
         super().__init__(source, cfg)
         if cfg.mode == "linear":
-            crop = FirstCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC)
-            self.crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
+            self.crop = v2.Compose([FirstCrop(cfg.img_size, (cfg.crop_min, 1.0)), v2.RandomHorizontalFlip()])
         augment = [RandAugment(cfg.rand_augment)] if cfg.rand_augment else []
         self.crop = v2.Compose([self.crop, *augment, *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, item, rng):
-        return self.crop(item[0]), item[1]
+        return item
 
 
 # --- from --init to the model -----------------------------------------------------------------------------------------

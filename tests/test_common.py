@@ -1,4 +1,7 @@
 """Flags, data, schedule, and optimizer of common.py, and what the README says of all scripts."""
+import functools
+import io
+import itertools
 import re
 import shutil
 import sys
@@ -11,11 +14,13 @@ import torch
 import torchvision
 from conftest import ROOT, TINY
 from PIL import Image
+from torchvision.transforms import v2
 
 import beit2
 import common
 import ddae
 import deepmim
+import evaluate
 import finetune
 import sdae
 from shapes import Shapes
@@ -111,6 +116,44 @@ def test_modes():
     for kind in (np.int32, np.float32):
         with pytest.raises(ValueError, match="32-bit"):
             common.to_rgb(Image.fromarray(ramp.astype(kind)))
+
+
+def test_crops_are_torchvisions_and_nearly_so_of_jpegs_at_reduced_scale(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8))
+    noise.resize((600, 400), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
+    full, cubic = common.to_rgb(Image.open(tmp_path / "x.jpg")), v2.InterpolationMode.BICUBIC
+    for size, seed in itertools.product((210, 64), range(10)):  # every crop has twice the pixels of the latter
+        torch.manual_seed(seed)
+        found = common.Crop(size, (0.2, 1.0))(image := Image.open(tmp_path / "x.jpg")).int()
+        torch.manual_seed(seed)
+        wanted = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=cubic)(full)
+        assert (image.width < 600) == (size == 64)
+        assert (found - wanted).abs().float().mean() < 2 if size == 64 else torch.equal(found, wanted.int())
+    found = evaluate.read_center([(image := Image.open(tmp_path / "x.jpg"), 0)], config("--img_size 64"), 0)[0].int()
+    wanted = v2.functional.center_crop(v2.functional.resize(full, [64], cubic), [64])
+    assert image.size == (300, 200) and (found - wanted).abs().float().mean() < 1
+
+
+def test_small_images_are_decoded_once_by_all_workers(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i, shape in enumerate([(10, 12, 3)] * 6 + [(9, 12, 3), (10, 12)]):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"a/{i}.png")
+    cfg, bad = config(f"--data {tmp_path} --num_workers 2"), {}
+    source = common.open_data(cfg, "train")
+    read = functools.partial(evaluate.read_center, source, cfg)
+    first = [x for x in evaluate.read_each(read, source, range(8), cfg, batch_size=2)]
+    shutil.rmtree(tmp_path / "a")
+    again = [x for x in evaluate.read_each(read, source, range(8), cfg, batch_size=2, bad=bad)]
+    assert len(first) == 4 and len(again) == 3 and {Path(name).name for name in bad} == {"6.png", "7.png"}
+    for (img, *label), (img2, *label2) in zip(sum(first, [])[:6], sum(again, [])):
+        assert torch.equal(img, img2) and label == label2
+
+
+def test_waiting_for_data_gets_a_hint_once(capsys):
+    common.hint_slow_data.cache_clear()
+    for wait, hints in ((0.1, 0), (0.3, 1), (0.4, 0)):
+        common.write_log(io.BytesIO(), data_wait=wait)
+        assert capsys.readouterr().out.count("hint: ") == hints
 
 
 def test_shapes_are_what_they_say():

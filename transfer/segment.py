@@ -203,6 +203,7 @@ def distort(img, rng):
 
 class Crops(common.Samples):
     """Training crops by key (epoch, index)."""
+    crop = staticmethod(common.to_rgb)  # in `sample`, with the label
 
     def __init__(self, source, cfg):
         self.source, self.cfg = source, cfg
