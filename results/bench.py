@@ -1,12 +1,13 @@
 """
 Speed and memory of pretraining.
 
-    python results/bench.py step                  every method, ViT-B and ViT-tiny (32 pixels, patches of 4), fp32 and bf16
-    python results/bench.py step --mae PATH --deepmim PATH --sdae PATH --bootmae PATH       beside official checkouts; timm
-    python results/bench.py step --methods SdAE SdAE-masked SdAE-full SdAE-crop             ways to feed SdAE's teacher
-    python results/bench.py step --methods DDAE --sizes B --profile                         the ten most expensive operations
+    python results/bench.py step                  every method, ViT-B and tiny (32 pixels, patches of 4), fp32 and bf16
+    python results/bench.py step --mae PATH --deepmim PATH --sdae PATH --bootmae PATH      beside official checkouts
+    python results/bench.py step --methods MAE SdAE SdAE-masked SdAE-full SdAE-crop        ways to feed SdAE's teacher
+    python results/bench.py step --methods DDAE --sizes B --profile                        with the costliest operations
+    python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
     python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
-    python results/bench.py scaling               cost per image against batch size, image size, K, and processes
+    python results/bench.py scaling               cost per image against batch size, image size, and K
 
 Models run alternately in one process, so that drift of the machine cancels out; times are medians. On a CPU, one core
 computes, and its time is counted, not the clock's: other jobs disturb little. A step is forward, backward, gradient
@@ -18,7 +19,6 @@ import copy
 import json
 import sys
 import time
-import types
 import warnings
 import weakref
 from functools import partial
@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +39,7 @@ import common  # noqa: E402
 import ddae  # noqa: E402
 import deepmim  # noqa: E402
 import sdae  # noqa: E402
+from results.official import official  # noqa: E402
 
 SIZES = dict(B={}, S=ddae.PRESETS["small"], L=ddae.PRESETS["large"], tiny=dict(
     img_size=32, patch_size=4, embed_dim=192, num_heads=3, decoder_dim=192, decoder_heads=3))
@@ -93,89 +93,6 @@ def ours(name, size, B, precision, args):
     return step
 
 
-# --- official codes ---------------------------------------------------------------------------------------------------
-
-def load(path, name):
-    """A module of an official checkout. Names that current timm and NumPy no longer have are put back meanwhile."""
-    import timm.models.vision_transformer as vit
-    for other in [m for m in sys.modules if m.split(".")[0] in ("models_mae", "models_teacher", "models", "util")]:
-        del sys.modules[other]
-    block, np.float, sys.path[:0] = vit.Block, float, [path]
-    vit.Block = lambda *args, qk_scale=None, **more: block(*args, **more)
-    try:
-        return __import__(name, fromlist=["x"])
-    finally:
-        vit.Block = block
-        del sys.path[0]
-
-
-def official(name, path, size, B, precision, args):
-    """-> the training step of an official code: its model, loss, and optimizer; its EMA where that is part of a step."""
-    from timm.optim import param_groups_weight_decay
-    cfg = METHODS.get(name, METHODS["DDAE"])(**SIZES[size]).cfg
-    N, D, p = (cfg.img_size // cfg.patch_size) ** 2, cfg.embed_dim, cfg.patch_size
-    vit = dict(img_size=cfg.img_size, patch_size=p, embed_dim=D, depth=cfg.depth, num_heads=cfg.num_heads,
-               norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    decoder = dict(decoder_embed_dim=cfg.decoder_dim, decoder_depth=cfg.decoder_depth,
-                   decoder_num_heads=cfg.decoder_heads)
-    imgs, after = torch.randn(B, 3, cfg.img_size, cfg.img_size, device=args.device), lambda: None
-    if name == "MAE":
-        model = load(path, "models_mae").MaskedAutoencoderViT(**vit, **decoder, norm_pix_loss=True)
-        loss_of = lambda: model(imgs, mask_ratio=0.75)[0]  # noqa: E731
-    elif name == "DeepMIM":
-        model = load(path, "models_mae").MaskedAutoencoderViT(**vit, **decoder)
-        features = Features()
-        loss_of = lambda: sum(model(imgs, features(imgs, (1, 1 + N)), mask_ratio=0.75))  # noqa: E731
-    elif name == "SdAE":  # its EMA is part of an epoch, not of a step
-        model = load(path, "models_mae").MaskedAutoencoderViT(**vit, **decoder, drop_path=0.25)
-        teacher = load(path, "models_teacher").VisionTransformer(num_classes=1, qkv_bias=True, **vit).to(args.device)
-        M = N - int(N * 0.25)
-
-        def loss_of():
-            pred, _, ids = model(imgs, mask_ratio=0.75)
-            with torch.no_grad():
-                target = teacher(imgs, ids_unkeep=ids, shrink_num=M, ncrop_loss=3)
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-            pred = pred.gather(1, ids.unsqueeze(-1).repeat(1, 1, D)).reshape(target.shape)
-            return 1 - F.cosine_similarity(target, pred).mean()
-    else:  # BootMAE, DDAE's base: pixels and features of one block, and timm's EMA after each step
-        if args.device == "cpu":
-            torch.Tensor.cuda = lambda x: x
-        sys.modules["timm.models.registry"] = types.SimpleNamespace(register_model=lambda f: f)
-        model = load(path, "models.modeling_pretrain_bootmae").VisionTransformerForMaskedImageModeling(
-            **vit, decode_dim=cfg.decoder_dim, fea_list=[0, cfg.depth - 1])
-        teacher, ids = copy.deepcopy(model).eval().to(args.device), torch.rand(B, N, device=args.device).argsort(1)
-        weight = torch.rand(B, 1, cfg.img_size, cfg.img_size, device=args.device)
-
-        def loss_of():
-            pixels, features = model(imgs, N - N // 4, ids)
-            with torch.no_grad():
-                target = F.layer_norm(teacher.get_feature(imgs, 0, ids), (D,), eps=1e-6)
-            return ((weight * (pixels - imgs).square()).mean()
-                    + (weight.flatten(1)[:, :N, None] * (F.layer_norm(features, (D,), eps=1e-6) - target).square()).mean())
-
-        @torch.no_grad()
-        def after():
-            new = model.state_dict()
-            for key, old in teacher.state_dict().items():
-                old.copy_(old * 0.999 + 0.001 * new[key].detach())
-    model.to(args.device)
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=0, betas=(0.9, 0.95))
-
-    def step():
-        torch.backends.cuda.enable_flash_sdp(True)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
-        with torch.autocast(args.device, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of()
-        loss.item()
-        loss.backward()
-        torch.norm(torch.stack([torch.norm(p.grad) for p in model.parameters() if p.grad is not None]))
-        optimizer.step()
-        optimizer.zero_grad()
-        after()
-    return step
-
-
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 def clock(args):
@@ -197,51 +114,64 @@ def alternate(steps, args):
 
 
 def flops_of(step):
-    """Of one run; fused attention is not counted otherwise. It is also the warm-up."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    """FLOPs of a call, with attention, which is not counted if it is fused. Without --compile also the warm-up."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         step()
     return counter.get_total_flops()
 
 
 def step(args):
     rows = []
-    print(f"{'size':5}{'type':6}{'':18}{'images/s':>9}{'GFLOP/image':>12}{'of limit':>9}{'official/ours':>15}")
+    print(f"{'size':5}{'type':6}{'':18}{'images/s':>9}{'GFLOP/image':>12}{'of limit':>9}  time / time of (range of pairs)")
     for size in args.sizes:
         B = args.batch or (32 if size == "tiny" else 8)
         for precision in args.precision:
-            x = torch.randn(4096, 4096, device=args.device, dtype=dict(fp32=torch.float32, bf16=torch.bfloat16)[precision])
+            x = torch.randn(4096, 4096, device=args.device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            steps, against = {}, {}
             for name in args.methods:
-                path = getattr(args, name.lower() if name != "DDAE" else "bootmae", None)
-                steps = {name: ours(name, size, B, precision, args)}
+                steps[name], against[name] = ours(name, size, B, precision, args), args.methods[0]
+                path = getattr(args, "bootmae" if name == "DDAE" else name.lower(), None)
                 if path:
-                    other = "BootMAE" if name == "DDAE" else name
-                    with contextlib.redirect_stdout(None):
-                        steps[f"official {other}"] = official(other, path, size, B, precision, args)
-                flops = {key: flops_of(run) / B for key, run in steps.items()}
+                    model, other = METHODS[name](**SIZES[size]), "official " + ("BootMAE" if name == "DDAE" else name)
+                    imgs = batch(model, B, args.device)[0]
+                    with contextlib.redirect_stdout(None):  # SdAE and BootMAE print what they build
+                        steps[other] = official(name, path, model.cfg, imgs, Features(), precision)
+                    against[other] = name
+            flops = {name: flops_of(run) / B for name, run in steps.items()}
+            times = alternate(steps | dict(limit=lambda: x @ x), args)
+            limit = 2 * 4096 ** 3 / np.median(times["limit"])
+            for name in steps:
+                speed = B / float(np.median(times[name]))
+                ratio = np.array(times[name]) / times[against[name]]  # pair by pair
+                row = dict(size=size, type=precision, name=name, batch=B, images_per_s=speed, gflop=flops[name] / 1e9,
+                           of_limit=flops[name] * speed / limit, against=against[name], ratio=float(np.median(ratio)))
                 if args.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                times = alternate(steps | dict(limit=lambda: x @ x), args)
-                median = {key: float(np.median(t)) for key, t in times.items()}
-                limit = 2 * 4096 ** 3 / median.pop("limit")
-                for key, seconds in median.items():
-                    ratio = np.array(times[key]) / times[name]  # pair by pair
-                    row = dict(size=size, type=precision, name=key, batch=B, images_per_s=B / seconds,
-                               gflop=flops[key] / 1e9, of_limit=flops[key] * B / seconds / limit, ratio=np.median(ratio))
-                    if args.device == "cuda" and not path:
-                        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                    rows.append(row)
-                    print(f"{size:5}{precision:6}{key:18}{B / seconds:9.3g}{row['gflop']:12.4g}{row['of_limit']:9.0%}"
-                          + (f"{row['ratio']:8.2f} ({min(ratio):.2f} to {max(ratio):.2f})" if key != name else "")
-                          + (f"  {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""), flush=True)
-                if args.profile:
-                    with torch.profiler.profile() as profile:
-                        steps[name]()
-                    found = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total or -e.self_cpu_time_total)
-                    total = sum(e.self_cpu_time_total for e in found)
-                    for e in found[:10]:
-                        print(f"    {e.key:50}{e.count:6} calls{e.self_cpu_time_total / total:7.1%}")
-                del steps
+                    row["peak_gib"] = peak_of(steps[name])
+                rows.append(row)
+                print(f"{size:5}{precision:6}{name:18}{speed:9.3g}{row['gflop']:12.4g}{row['of_limit']:9.0%}"
+                      + (f"  {row['peak_gib']:.1f} GiB" if "peak_gib" in row else "")
+                      + f"  {row['ratio']:.2f} {against[name]} ({min(ratio):.2f} to {max(ratio):.2f})", flush=True)
+            if args.profile:
+                print_profile(steps[args.methods[0]])
     return rows
+
+
+def peak_of(run):
+    """Peak memory of a step in GiB; other models' weights and optimizer states count, if they are held."""
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def print_profile(run):
+    """The ten operations that take the most time of a step, by themselves."""
+    with torch.profiler.profile() as profile:
+        run()
+    cost = {e.key: (e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total, e.count)
+            for e in profile.key_averages()}
+    for name, (seconds, count) in sorted(cost.items(), key=lambda item: -item[1][0])[:10]:
+        print(f"    {name:60}{count:6} calls{seconds / sum(t for t, _ in cost.values()):7.1%}")
 
 
 class Live(TorchDispatchMode):
@@ -289,10 +219,10 @@ def memory(args):
 
 
 def scaling(args):
-    """Seconds per image of DDAE, ViT-tiny in fp32 unless said otherwise, alternately; FLOPs beside them."""
+    """Time and FLOPs per image of DDAE, ViT-tiny, 32 pixels, K = 4, batch 16, with one thing changed."""
     tiny = SIZES["tiny"]
-    cases = {f"batch {B}": (B, {}) for B in (1, 4, 16, 64)} | {f"{S} pixels": (16, dict(img_size=S)) for S in (16, 48, 64)}
-    cases |= {f"K = {K}": (16, dict(K=K)) for K in (1, 2, 6)}
+    cases = {f"batch {B}": (B, {}) for B in (1, 4, 16, 64)} | {f"K = {K}": (16, dict(K=K)) for K in (1, 2, 6)}
+    cases |= {f"{S} pixels": (16, dict(img_size=S)) for S in (16, 48, 64)}
     steps = {}
     for name, (B, more) in cases.items():
         SIZES[name] = tiny | more
