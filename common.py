@@ -394,7 +394,7 @@ def explained():
         if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for a worker that dies late
-        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or give --micro_batch a "
+        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or --micro_batch auto or a "
                  "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
 
