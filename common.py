@@ -23,7 +23,6 @@ import argparse
 import atexit
 import contextlib
 import difflib
-import fcntl
 import functools
 import inspect
 import json
@@ -66,7 +65,7 @@ class RunConfig:
     out_dir: str = "out"  # [ours] checkpoints, log, and pictures; the same command resumes the run found there
     init: str = ""  # [ours] start from the encoder weights in this file
     seed: int = 0  # [ours] of everything random
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto: CUDA if there is a GPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # [ours] auto: CUDA if there is a GPU; mps is not tested
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that support it
     compile: bool = False  # [ours] torch.compile each block
     recompute: bool = False  # [ours] save memory: keep blocks' inputs only, and compute the rest again in the backward
@@ -243,7 +242,7 @@ def replacing(path):
     temporary = path.with_stem(f"{path.stem}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows does not flush what is open for reading alone
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -311,11 +310,13 @@ def resume(model, about, last):
 def open_log(path):
     """log.jsonl of the first process, locked: a second run in the same folder is refused."""
     file = open(path if RANK == 0 else os.devnull, "a+b", buffering=0)
-    try:
-        if RANK == 0:
+    file.seek(0)  # to read; what is written is appended
+    if RANK == 0 and hasattr(os, "fork"):  # Windows has no fcntl: no lock there
+        import fcntl
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        sys.exit(f"another run is writing to {path.parent.absolute()}; choose another --out_dir")
+        except (BlockingIOError, PermissionError):
+            sys.exit(f"another run is writing to {path.parent.absolute()}; choose another --out_dir")
     return file
 
 
@@ -364,7 +365,7 @@ def setup(cfg):
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
     torch.backends.cuda.enable_flash_sdp(cuda or not bf16)  # CPUs are slow at it in bf16: 1.4 times ViT-tiny's step
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(not cuda)
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("mps" if cfg.device == "mps" else "cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -393,9 +394,9 @@ def explained():
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a worker that died while it sent
         if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for a worker that dies late
-        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or --micro_batch auto or a "
-                 "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)  # torch's raises if workers die late
+        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or --micro_batch auto or "
+                 "a smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
 
 @explained()
@@ -425,7 +426,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if len(set(gather((step, n)))) > 1:
         sys.exit("the processes see different --data or --out_dir")
     if RANK == 0:  # whole lines of the log as it was at that step; a power failure may have torn its end
-        log.seek(log.truncate(os.pread(log.fileno(), state["log"], 0).rfind(b"\n") + 1))
+        log.seek(log.truncate(log.read(state["log"]).rfind(b"\n") + 1))
     wrap_blocks(model.to(device), cfg)
     if cfg.micro_batch == "auto" and device.type == "cuda":
         from evaluate import largest_batch
@@ -442,7 +443,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
            f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")
 
     signals = []  # a handler only notes the signal: the loop finishes the step, saves, and exits
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):  # Windows has two
         signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))

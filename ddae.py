@@ -81,9 +81,9 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_vit(self)
-        assert self.K <= self.depth, f"--K {self.K} is above --depth {self.depth}"
+        K, deep = self.K, {self.pixel, self.feature} & {"ds", "dds"}
+        assert K <= self.depth or not deep, f"--K {K} is above --depth {self.depth}"
         assert {self.pixel, self.feature} != {"none"}, "--pixel none --feature none leaves nothing to learn from"
-        K = self.K
         for name, counts in dict(beta_init=(1, K), loss_scale=(1, K), reg=(0, 1, K), momentum=(1, 3)).items():
             assert len(getattr(self, name)) in counts, f"--{name} takes {' or '.join(map(str, counts))} values"
 
@@ -412,8 +412,7 @@ class DDAE(nn.Module):
             pred = self.pixel_decoder(self.encode(imgs, ids_keep)[-1:], ids_shuffle)[0].float()  # (B, M, P)
             if cfg.norm_pix:  # the prediction has no mean and no deviation: show what the true ones tell
                 panels["true means"] = picture(pixel_picture(torch.zeros_like(true), true, True))
-            title = "reconstruction" + "\n(true mean, std)" * cfg.norm_pix
-            panels[title] = picture(pixel_picture(pred, true, cfg.norm_pix))
+            panels["reconstruction" + "\n(true mean, std)" * cfg.norm_pix] = picture(pixel_picture(pred, true, cfg.norm_pix))
         if self.dynamic:
             panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
         for g, beta, weight in zip(self.dynamic, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)

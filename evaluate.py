@@ -195,7 +195,7 @@ def draw_panels(panels, path, names=()):
     for ax, name in zip(table[:, 0], names):
         ax.text(-0.05, 0.5, name, rotation=90, va="center", ha="right", transform=ax.transAxes)
     for axes, (title, panel) in zip(table.T, panels.items()):
-        panel = panel.double().cpu().numpy()
+        panel = panel.cpu().double().numpy()
         if panel.ndim == 4 and panel.shape[1] == 3:
             panel = (panel.transpose(0, 2, 3, 1) * common.STD + common.MEAN).clip(0, 1)
         elif panel.ndim == 4:
