@@ -412,7 +412,8 @@ class DDAE(nn.Module):
             pred = self.pixel_decoder(self.encode(imgs, ids_keep)[-1:], ids_shuffle)[0].float()  # (B, M, P)
             if cfg.norm_pix:  # the prediction has no mean and no deviation: show what the true ones tell
                 panels["true means"] = picture(pixel_picture(torch.zeros_like(true), true, True))
-            panels["reconstruction" + "\n(true mean, std)" * cfg.norm_pix] = picture(pixel_picture(pred, true, cfg.norm_pix))
+            title = "reconstruction" + "\n(true mean, std)" * cfg.norm_pix
+            panels[title] = picture(pixel_picture(pred, true, cfg.norm_pix))
         if self.dynamic:
             panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
         for g, beta, weight in zip(self.dynamic, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)
