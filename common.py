@@ -111,7 +111,7 @@ def parse(Config, presets, doc="", argv=None):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = [k for k in helps if k.endswith(unknown[0].strip("-"))] + difflib.get_close_matches(unknown[0], helps)
-        parser.error(f"unknown {unknown[0]}" + f"; did you mean --{near[0]}?" * bool(near))
+        parser.error(f"unknown {unknown[0]}" + "".join(f"; did you mean --{name}?" for name in near[:1]))
     given = dict(ChainMap(vars(given), *(presets[name] for name in reversed(vars(given).pop("preset")))))
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
@@ -252,9 +252,9 @@ def replacing(path):
 def load(path):
     """Read a file of torch.save, tensors and plain values. Ends the program on damage, which torch.load overlooks."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, torch.serialization.safe_globals([argparse.Namespace]):  # MAE's flags
             assert archive.testzip() is None, "flipped bits"
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         sys.exit(f"{path} is missing, damaged, or no checkpoint of tensors and plain values: {str(error):.80}")
 
@@ -273,8 +273,8 @@ def load_weights(module, weights, path):
 def init_encoder(encoder, cfg):
     """--init: encoder.pt, or a ViT under timm's names. A resumed run does not need the file."""
     if cfg.init and not any((Path(cfg.out_dir) / name).exists() for name in ("last.pt", "last.prev.pt")):
-        file = load(cfg.init)
-        load_weights(encoder, file.get("model", file), cfg.init)
+        from vit_files import load_encoder
+        load_encoder(encoder, cfg.init)
 
 
 def describe(cfg, model, source):

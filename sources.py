@@ -14,13 +14,13 @@ from shapes import Shapes
 
 
 def open_data(cfg, split):
-    """Data set for `split`, "train" or "val": [i] -> PIL image, label. A folder without labels has `classes` [""]."""
+    """Data set for a split, such as "train": [i] -> PIL image, label. A folder without labels has `classes` [""]."""
     path, make = Path(cfg.data), getattr(torchvision.datasets, cfg.data, None)
     if cfg.data == "shapes":
         return Shapes(split, cfg.img_size)
     if path.is_dir():
-        names = ("val", "validation", "test") if split == "val" else ("train", ".")
-        found = next((path / name for name in names if (path / name).is_dir()), path / "val")
+        names = dict(train=("train", "."), val=("val", "validation", "test")).get(split, [split])
+        found = next((path / name for name in names if (path / name).is_dir()), path / names[0])
         try:
             return Folder(found)
         except FileNotFoundError as error:  # no such folder, or no images in it

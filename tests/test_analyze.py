@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, TINY, Run
 from matplotlib.image import imread
 from scipy.ndimage import distance_transform_edt
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from test_finetune import HERE, VIT, center, encoder, images, noisy, run, save  # noqa: F401, fixtures
 
 import analyze
@@ -49,7 +52,31 @@ def test_knn_of_two_processes_equals_a_loop(images, encoder):
     vit.load_state_dict(common.load(encoder)["model"])
     found = knn_by_loop(*([(feature(vit, center(image, 16, 1)), y) for image, y in common.Folder(images / split)]
                           for split in ("train", "val")))
-    assert out.count(f"unreadable {broken}") == 1 and f"knn {found:.6g}  val_images 13  train_images 35" in out
+    se = 100 * np.std([1] * round(0.13 * found) + [0] * round(13 - 0.13 * found)) / 13 ** 0.5
+    assert out.count(f"unreadable {broken}") == 1 and f"knn {found:.6g}  knn_se {se:.6g}  val_images 13  train" in out
+
+
+def test_probe_equals_scikit_learn(images, encoder, monkeypatch, run):
+    """Strength, accuracy, and the minimum; and two processes equal one."""
+    flags = f"--mode probe --data {images} --init {encoder} {HERE}"
+    assert run(flags).splitlines()[-1] == Run(flags, 2, path=ROOT / "finetune.py").output().splitlines()[-1]
+    x, noise = torch.randn(900, 2, 10), torch.randn(900, 3)
+    y, x = (x[:, 0, :3] + noise).argmax(1), 5 * x + 1
+    monkeypatch.setattr(evaluate, "outputs", lambda *_: [(x[:600], y[:600], 0), (x[600:], y[600:], 0)])
+    found = evaluate.probe(None, None, "cpu", None)
+
+    def fit(ids, strength):
+        return LogisticRegression(C=1 / (len(ids) * strength), tol=1e-8, max_iter=1000).fit(z[ids], y[ids])
+
+    z, order = x.flatten(1), np.random.default_rng(0).permutation(600)
+    z = (z - z[:600].mean(0)) / z[:600].std(0, correction=0)
+    losses = {10.0 ** i: log_loss(y[order[:120]], fit(order[120:], 10.0 ** i).predict_proba(z[order[:120]]))
+              for i in range(-6, 2)}
+    theirs, head = fit(range(600), found["strength"]), nn.Linear(20, 3)
+    assert found["strength"] == min(losses, key=losses.get) not in (1e-6, 10)
+    assert found["probe"] == pytest.approx(100 * theirs.score(z[600:], y[600:]), abs=0.3)
+    evaluate.logistic_regression(head, z[:600], y[:600], found["strength"], 1000)
+    assert np.abs(head.weight.detach().numpy() - theirs.coef_).max() < 1e-3
 
 
 @torch.no_grad()
@@ -64,7 +91,7 @@ def test_evaluation_during_pretraining(images):
         found.append(evaluate.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
     samples.source.classes = [""]  # unlabeled
     found.append(evaluate.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
-    assert found[0] == found[1] == found[2] | dict(knn=found[0]["knn"]) and "knn" not in found[2]
+    assert found[0] == found[1] == found[2] | {k: found[0][k] for k in ("knn", "knn_se")} != found[2]
     val, ids = common.open_data(cfg, "val"), np.random.default_rng(0).permutation(13)[:7].tolist()
     picked = [(center(val[i][0], 16, 1), val[i][1]) for i in ids]
     masks = [torch.from_numpy(ddae.draw_mask(np.random.default_rng((0, i)), cfg))[None] for i in ids]

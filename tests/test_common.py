@@ -12,6 +12,7 @@ import torchvision
 from conftest import ROOT, TINY
 from PIL import Image
 
+import beit2
 import common
 import ddae
 import deepmim
@@ -21,7 +22,7 @@ import sdae
 from shapes import Shapes
 from transfer import detect, robustness, segment
 
-SCRIPTS = [ddae, deepmim, sdae, finetune, robustness, segment, detect]
+SCRIPTS = [ddae, deepmim, sdae, beit2, finetune, robustness, segment, detect]
 
 
 def config(flags=""):
@@ -33,7 +34,7 @@ def config(flags=""):
 @pytest.mark.parametrize("flags, message", [
     ("--epoch 3", "unknown --epoch; did you mean --epochs?"), ("--epochs ten", "invalid int value: 'ten'"),
     ("--epochs 0", "--epochs must be finite and at least 1, got 0"), ("--base_lr nan", "--base_lr must be finite"),
-    ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty")])
+    ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty"), ("--zzz 1", "unknown --zzz")])
 def test_wrong_flags_get_a_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         config(flags)

@@ -33,6 +33,7 @@ def fit(cfg, method, saved):
         if config.get("method") == method:
             fields, classes = {k: config[k] for k in saved if k in config}, config["classes"]
         else:
+            weights = finetune.vit_weights(weights, path)
             sizes = finetune.vit_sizes(weights, config, path)
             fields = {k: sizes[k] for k in SIZES}
     if not training:
