@@ -36,7 +36,7 @@ import zipfile
 from collections import ChainMap
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that support it
     compile: bool = False  # [ours] torch.compile each block
     recompute: bool = False  # [ours] save memory: keep blocks' inputs only, and compute the rest again in the backward
-    micro_batch: int = 0  # [ours] images per process and forward pass; 0: batch_size / processes, no accumulation
+    micro_batch: int | Literal["auto"] = 0  # [ours] images per process and pass; 0: all; auto: what the GPU holds
     num_workers: int = min(10, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))  # [ours] data workers per process
     clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping
     max_steps: int = 0  # [ours] stop and save after this many steps; the schedule still spans all epochs
@@ -99,10 +99,11 @@ def parse(Config, presets, doc="", argv=None):
                         help="[ours] replaces defaults, as listed at the end; of several, later ones win")
     for f in fields(Config):
         kind, args = get_origin(f.type) or f.type, get_args(f.type)
-        if f.name not in helps or kind not in (bool, int, float, str, tuple, Literal):
+        if f.name not in helps or kind not in (bool, int, float, str, tuple, Literal, Union):
             sys.exit(f"Config.{f.name} needs a type that a flag can have (bool, int, float, str, tuple[float, ...], "
                      "Literal), and at the end of its line, after two spaces, a comment, the flag's help")
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="*", type=args and args[0]),
+               Union: dict(type=lambda x: x if x == "auto" else int(x)),  # --micro_batch
                Literal: dict(choices=args)}.get(kind, dict(type=kind))
         text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
@@ -361,6 +362,8 @@ def setup(cfg):
                                 device_id=torch.device("cuda", LOCAL_RANK) if cuda else None)
         atexit.register(dist.destroy_process_group)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
+    torch.backends.cuda.enable_flash_sdp(cuda or not bf16)  # CPUs are slow at it in bf16: 1.4 times ViT-tiny's step
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(not cuda)
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("mps" if cfg.device == "mps" else "cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -391,8 +394,8 @@ def explained():
         if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)  # torch's raises if workers die late
-        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or give --micro_batch a "
-                 "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
+        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or --micro_batch auto or "
+                 "a smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
 
 @explained()
@@ -405,9 +408,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if cfg.eval_every and not evaluate:
         from evaluate import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
-    out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
-    accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
-    steps_per_epoch = n // cfg.batch_size
+    out, n, steps_per_epoch = Path(cfg.out_dir), len(samples.source), len(samples.source) // cfg.batch_size
+    micro = max(1, cfg.batch_size // WORLD) if cfg.micro_batch in (0, "auto") else cfg.micro_batch
     if cfg.batch_size % (micro * WORLD) or not steps_per_epoch:
         sys.exit(f"--batch_size {cfg.batch_size} is no multiple of {micro} x {WORLD} processes, or above {n} images")
     total = getattr(cfg, "iterations", 0) or steps_per_epoch * cfg.epochs
@@ -424,11 +426,14 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         sys.exit("the processes see different --data or --out_dir")
     if RANK == 0:  # whole lines of the log as it was at that step; a power failure may have torn its end
         log.seek(log.truncate(log.read(state["log"]).rfind(b"\n") + 1))
-    model.to(device)
+    wrap_blocks(model.to(device), cfg)
+    if cfg.micro_batch == "auto" and device.type == "cuda":
+        from evaluate import largest_batch
+        micro = largest_batch(model, cfg, device, autocast, samples, optimizer)
+    accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
     optimizer = optimizer(model, cfg)
     if step:
         optimizer.load_state_dict(state.pop("optimizer"))
-    wrap_blocks(model, cfg)
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
     ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
     loader = iter(make_loader(samples, cfg, samples.collate, batch_sampler=batches(n, cfg, micro, step, stop)))
@@ -441,7 +446,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
-    caught, saved, started = 0, True, time.perf_counter()
+    caught, saved, start = 0, True, time.perf_counter()
     logged, busy, waited, sums = step, 0.0, 0.0, 0  # since the last line of the log
     while True:
         # Evaluate after saving: a signal then loses nothing. Step 0, the baseline, is of interest in pretraining only.
@@ -497,9 +502,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
             note_bad(bad, new_bad, n, cfg)
             memory = dict(peak_gib=torch.cuda.max_memory_allocated() / 2**30) if device.type == "cuda" else {}
             write_log(log, step=step, epoch=step / steps_per_epoch, **dict(zip(metrics, means.tolist())),
-                      lr=lr, unreadable=len(bad), data_wait=waited / busy,
-                      images_per_s=(step - logged) * cfg.batch_size / busy, **memory,
-                      minutes=(time.perf_counter() - started) / 60,
+                      lr=lr, unreadable=len(bad), data_wait=waited / busy, **memory,
+                      images_per_s=(step - logged) * cfg.batch_size / busy, minutes=(time.perf_counter() - start) / 60,
                       minutes_left=busy / 60 / (step - logged) * (stop - step))
             logged, busy, waited, sums = step, 0.0, 0.0, 0
         if step == stop or caught or step % save_steps == 0:

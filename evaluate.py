@@ -2,6 +2,8 @@
 What training shows of a model besides its loss: kNN accuracy and validation loss (--eval_every), and preview.png.
 The reading of images for evaluation, which finetune.py, transfer/, and analyze.py share, is here as well.
 """
+import contextlib
+import copy
 import csv
 import functools
 import sys
@@ -226,6 +228,27 @@ def evaluate_encoder(model, cfg, device, autocast, samples):
     rows = sum(common.gather(rows), [])  # the batches of all processes
     n = sum(count for count, _ in rows)
     return found | {f"val_{k}": sum(count * row[k] for count, row in rows) / n for k in rows[0][1]}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+def largest_batch(model, cfg, device, autocast, samples, optimizer):
+    """--micro_batch auto: the largest divisor of a process's images with which a step fits in memory, in all of them.
+
+    A step of a copy: its weights take as much memory as DDP's buckets of gradients.
+    """
+    share = cfg.batch_size // common.WORLD
+    for micro in (n for n in range(share, 0, -1) if share % n == 0):
+        trial = fits = None  # None also frees the last copy
+        imgs, draws, _ = samples.collate([samples[0, 0]] * micro)
+        with contextlib.suppress(torch.OutOfMemoryError), autocast:
+            trial = copy.deepcopy(model)
+            trial(*common.to_device(imgs, draws, device))[0].backward()
+            optimizer(trial, cfg).step()
+            fits = True
+        if all(common.gather(fits)):
+            break
+    return micro
 
 
 # --- what a model says of photos --------------------------------------------------------------------------------------

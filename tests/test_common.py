@@ -217,3 +217,21 @@ def test_init_refuses_what_is_no_finite_real_number_and_runs_no_code(bias, messa
     torch.save(weights | {"norm.bias": bias}, tmp_path / "x.pt")
     with pytest.raises(SystemExit, match=message):
         ddae.DDAE(config(f"--init {tmp_path / 'x.pt'} --out_dir {tmp_path / 'out'}"))
+
+
+def test_micro_batch_auto_is_the_largest_divisor_with_which_a_step_fits(images, monkeypatch):
+    forward, tried = ddae.DDAE.forward, []
+
+    def small_memory(model, imgs, draws):
+        tried.append(len(imgs))
+        if len(imgs) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, imgs, draws)
+
+    monkeypatch.setattr(ddae.DDAE, "forward", small_memory)
+    cfg = config(f"--batch_size 24 --micro_batch auto --data {images}")
+    model, samples = ddae.DDAE(cfg), common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
+    before = [p.clone() for p in model.parameters()]
+    found = evaluate.largest_batch(model, cfg, *common.setup(cfg), samples, common.adamw)
+    assert found == 6 and tried == [24, 12, 8, 6]
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))

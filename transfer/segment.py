@@ -93,7 +93,7 @@ class Config(common.RunConfig):
         S, p, D, heads = self.img_size, self.patch_size or 1, self.embed_dim, self.num_heads or 1
         assert S > p and S % p == 0, f"--img_size {S} must be two or more whole patches of {p} pixels"
         assert D % 4 == D % heads == 0, f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}"
-        assert (self.micro_batch or self.batch_size) > 1 or common.WORLD > 1, "--micro_batch 1: batch norm needs more"
+        assert (self.micro_batch or self.batch_size) != 1 or common.WORLD > 1, "--micro_batch 1: batch norm needs more"
 
 
 PRESETS = {
