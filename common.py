@@ -128,6 +128,9 @@ def print0(message):
             sys.stdout = None
 
 
+print_once = functools.cache(print0)
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 class Samples(Dataset):
@@ -311,12 +314,6 @@ def open_log(path):
     return file
 
 
-@functools.cache  # once per run
-def hint_slow_data():
-    print0("hint: over 20% of the time goes into waiting for data: raise --num_workers if there are cores left, shrink "
-           "large images (python -m results.shrink), or copy the data to a local disk")
-
-
 def write_log(log, **line):
     """Log numbers by name, and print those without a slash in their name."""
     print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if "/" not in k))
@@ -324,7 +321,7 @@ def write_log(log, **line):
     with contextlib.suppress(OSError):  # disk full: the next save warns
         log.write(json.dumps(line).encode() + b"\n")
     if line.get("data_wait", 0) > 0.2:
-        hint_slow_data()
+        print_once("hint: data are slow; raise --num_workers, use a local disk, or shrink (python -m results.shrink)")
 
 
 def save(out, model, optimizer, samples, device, autocast, **state):

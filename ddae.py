@@ -258,15 +258,14 @@ def block_mask(rng, grid, num_mask):
         low, high = sorted((smallest, missing))  # the last ones may be too large, and are rejected below
         area, aspect = low + (high - low) * rng.random(), 0.3 ** (1 - 2 * rng.random())
         rows, cols = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if not (0 < rows < h and 0 < cols < w):
-            continue
-        bits = rng.bit_generator.random_raw()  # 64; rng.integers would use 32 each in the same way, four times as long
-        top, left = (bits % 2**32) * (h - rows + 1) >> 32, (bits >> 32) * (w - cols + 1) >> 32
-        block = mask[top:top + rows, left:left + cols]
-        new = rows * cols - block.tobytes().count(1)
-        if new <= missing:
-            block.fill(True)
-            missing -= new
+        if 0 < rows < h and 0 < cols < w:
+            bits = rng.bit_generator.random_raw()  # 64; rng.integers uses 32 each in the same way, but takes longer
+            top, left = (bits % 2**32) * (h - rows + 1) >> 32, (bits >> 32) * (w - cols + 1) >> 32
+            block = mask[top:top + rows, left:left + cols]
+            new = rows * cols - block.tobytes().count(1)
+            if new <= missing:
+                block.fill(True)
+                missing -= new
     return mask
 
 

@@ -34,7 +34,6 @@ Inputs are normalized with ImageNet's mean and deviation, also for timm's files 
     python finetune.py --predict PHOTOS --init out/ft/model.pt
 """
 import copy
-import functools
 import math
 import sys
 from collections import Counter
@@ -52,8 +51,7 @@ import beit2
 import common
 from augment import Erase, FirstCrop, RandAugment
 from ddae import ViT
-from evaluate import (choose, knn, outputs, predict, probe, read_each, save_features, standard_error,  # noqa: F401
-                      sync_buffers)
+from evaluate import choose, knn, outputs, predict, probe, save_features, standard_error, sync_buffers
 from vit_files import read_weights, resize_pos_embed, vit_sizes, vit_weights
 
 VITS = dict(plain=ViT, beit2=beit2.ViT)

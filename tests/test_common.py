@@ -1,6 +1,5 @@
 """Flags, data, schedule, and optimizer of common.py, and what the README says of all scripts."""
 import functools
-import io
 import itertools
 import re
 import shutil
@@ -134,28 +133,6 @@ def test_crops_are_torchvisions_and_nearly_so_of_jpegs_at_reduced_scale(tmp_path
     assert image.size == (300, 200) and (found - wanted).abs().float().mean() < 1
 
 
-def test_small_images_are_decoded_once_by_all_workers(tmp_path):
-    (tmp_path / "a").mkdir()
-    for i, shape in enumerate([(10, 12, 3)] * 6 + [(9, 12, 3), (10, 12)]):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"a/{i}.png")
-    cfg, bad = config(f"--data {tmp_path} --num_workers 2"), {}
-    source = common.open_data(cfg, "train")
-    read = functools.partial(evaluate.read_center, source, cfg)
-    first = [x for x in evaluate.read_each(read, source, range(8), cfg, batch_size=2)]
-    shutil.rmtree(tmp_path / "a")
-    again = [x for x in evaluate.read_each(read, source, range(8), cfg, batch_size=2, bad=bad)]
-    assert len(first) == 4 and len(again) == 3 and {Path(name).name for name in bad} == {"6.png", "7.png"}
-    for (img, *label), (img2, *label2) in zip(sum(first, [])[:6], sum(again, [])):
-        assert torch.equal(img, img2) and label == label2
-
-
-def test_waiting_for_data_gets_a_hint_once(capsys):
-    common.hint_slow_data.cache_clear()
-    for wait, hints in ((0.1, 0), (0.3, 1), (0.4, 0)):
-        common.write_log(io.BytesIO(), data_wait=wait)
-        assert capsys.readouterr().out.count("hint: ") == hints
-
-
 def test_shapes_are_what_they_say():
     scenes = [Shapes("train", 48).scene(i) for i in range(60)]
     assert {labels[0] for _, _, labels in scenes} == set(range(8)) and {len(m) for _, m, _ in scenes} == {1, 2, 3}
@@ -217,21 +194,3 @@ def test_init_refuses_what_is_no_finite_real_number_and_runs_no_code(bias, messa
     torch.save(weights | {"norm.bias": bias}, tmp_path / "x.pt")
     with pytest.raises(SystemExit, match=message):
         ddae.DDAE(config(f"--init {tmp_path / 'x.pt'} --out_dir {tmp_path / 'out'}"))
-
-
-def test_micro_batch_auto_is_the_largest_divisor_with_which_a_step_fits(images, monkeypatch):
-    forward, tried = ddae.DDAE.forward, []
-
-    def small_memory(model, imgs, draws):
-        tried.append(len(imgs))
-        if len(imgs) > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(model, imgs, draws)
-
-    monkeypatch.setattr(ddae.DDAE, "forward", small_memory)
-    cfg = config(f"--batch_size 24 --micro_batch auto --data {images}")
-    model, samples = ddae.DDAE(cfg), common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
-    before = [p.clone() for p in model.parameters()]
-    found = evaluate.largest_batch(model, cfg, *common.setup(cfg), samples, common.adamw)
-    assert found == 6 and tried == [24, 12, 8, 6]
-    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))

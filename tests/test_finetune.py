@@ -1,6 +1,5 @@
 """finetune.py, augment.py, and transfer/robustness.py against golden values, loops, timm; files that do not fit."""
 import argparse
-import csv
 import re
 import sys
 
@@ -287,31 +286,6 @@ def test_evaluation_sees_each_image_once_in_any_number_of_processes(images, tune
     whole = save(tmp_path / "whole.pt", common.load(tuned)["model"], **VIT, classes=CLASSES, crop_pct=1.0)
     out = [run(f"{flags} 0 {more}").splitlines()[-1] for more in (f"--init {whole} --preset linear", "--crop_pct 1")]
     assert out[0] == out[1] != one
-
-
-@torch.no_grad()
-def test_photos_are_classified_and_embedded(tuned, encoder, tmp_path, run):
-    """Turned as EXIF says, also in subfolders. A broken one is named; what is no image is passed over."""
-    names, exif = [tmp_path / "photos" / name for name in ("c.png", "sub/d.png", "sub/e.png")], Image.Exif()
-    names[1].parent.mkdir(parents=True)
-    for other in ("a.png", "b.txt"):
-        (tmp_path / "photos" / other).write_text("broken")
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
-    for name in names:
-        image.save(name, exif=exif)
-    image, flags = image.transpose(Image.Transpose.ROTATE_270), f"{tmp_path}/photos {HERE} --out_dir {tmp_path} --init"
-    assert run(f"--predict {flags} {tuned}").count("unreadable") == 1
-    p = build(f"--eval --init {tuned}").eval().logits(center(image, 16, 0.875)).softmax(1)[0]
-    want = [text for i in p.argsort(descending=True) for text in (CLASSES[i], f"{p[i]:.4g}")]
-    assert list(csv.reader(open(tmp_path / "predictions.csv")))[1:] == [[str(name), *want] for name in names]
-    Run(f"--embed {flags} {encoder}", 2, path=ROOT / "finetune.py").wait()
-    vit = timm.models.VisionTransformer(16, 4, embed_dim=16, depth=3, num_heads=2, num_classes=0).eval()
-    vit.load_state_dict(common.load(encoder)["model"])
-    tokens, found = vit.forward_features(center(image, 16, 1))[0].numpy(), np.load(tmp_path / "features.npz")
-    assert found["files"].tolist() == [str(name) for name in names]  # as in one process
-    np.testing.assert_allclose(found["cls"], [tokens[0]] * 3, atol=1e-5)
-    np.testing.assert_allclose(found["mean"], [tokens[1:].mean(0)] * 3, atol=1e-5)
 
 
 def test_files_of_others_also_start_pretraining_at_another_size(encoder, tmp_path):

@@ -66,6 +66,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 import common
 import finetune
 from ddae import Block, ViT, init_weights, patchify, sincos_pos_embed
+from evaluate import read_each, sync_buffers
 from shapes import Shapes
 from transfer import segment
 
@@ -538,9 +539,9 @@ def average_precision(found, source):
 @torch.no_grad()
 def evaluate(model, cfg, device, autocast, source):
     """AP over `source` -> metrics by name; results.json (eval_results.json) has them in COCO's format."""
-    finetune.sync_buffers(model)
+    sync_buffers(model)
     ids, found = range(len(source))[:cfg.eval_images or None], []
-    for (img, record), in finetune.read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
+    for (img, record), in read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
         with autocast:
             detections = model([common.to_device(img, {}, device)[0]])[0]
         detections = {k: v.cpu() for k, v in detections.items()}

@@ -203,10 +203,9 @@ def distort(img, rng):
 
 class Crops(common.Samples):
     """Training crops by key (epoch, index)."""
-    crop = staticmethod(common.to_rgb)  # in `sample`, with the label
 
     def __init__(self, source, cfg):
-        self.source, self.cfg = source, cfg
+        self.source, self.cfg, self.crop = source, cfg, common.to_rgb  # `sample` crops, together with the label
 
     def sample(self, item, rng):
         """Image uint8 (3, H, W), label uint8 (H, W) -> crop uint8 (3, S, S), its label uint8 (S, S)."""
