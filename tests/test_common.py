@@ -1,5 +1,4 @@
 """Flags, data, schedule, and optimizer of common.py, and what the README says of all scripts."""
-import functools
 import itertools
 import re
 import shutil

@@ -261,7 +261,7 @@ def test_linear_mode_trains_the_head_alone_on_any_layer_and_opens_in_timm(images
     assert log(tmp_path / "out")[-1]["acc1"] > 50
     imgs, vit = torch.randn(2, 3, 16, 16), ddae.ViT(**VIT)
     vit.load_state_dict(old)
-    x = F.layer_norm(vit(imgs)[1][:, 1:].mean(1), (16,), new["fc_norm.weight"], new["fc_norm.bias"], 1e-6)
+    x = F.layer_norm(vit(imgs, taps=[2])[0][:, 1:].mean(1), (16,), new["fc_norm.weight"], new["fc_norm.bias"], 1e-6)
     x = (x - last["bn.running_mean"]) / (last["bn.running_var"] + 1e-6).sqrt()
     theirs = timm.models.VisionTransformer(16, 4, embed_dim=16, depth=2, num_heads=2, num_classes=3, global_pool="avg")
     theirs.load_state_dict(new)
