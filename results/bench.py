@@ -8,6 +8,8 @@ Speed and memory of pretraining.
     python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
     python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
     python results/bench.py scaling               cost per image against batch size, image size, and K
+    python results/bench.py loader --data FOLDER [--img_size 32 --patch_size 4]            beside MAE's own pipeline
+    python results/bench.py mask                  time of a block-wise and a random mask
 
 Models run alternately in one process, so that drift of the machine cancels out; times are medians. On a CPU, one core
 computes, and its time is counted, not the clock's: other jobs disturb little. A step is forward, backward, gradient
@@ -40,6 +42,7 @@ import common  # noqa: E402
 import ddae  # noqa: E402
 import deepmim  # noqa: E402
 import sdae  # noqa: E402
+from results.bench_loader import loader, mask  # noqa: E402
 from results.official import official  # noqa: E402
 
 SIZES = dict(B={}, S=ddae.PRESETS["small"], L=ddae.PRESETS["large"], tiny=dict(
@@ -257,7 +260,7 @@ def ema(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = dict(step=step, memory=memory, scaling=scaling, ema=ema)
+    commands = dict(step=step, memory=memory, scaling=scaling, ema=ema, loader=loader, mask=mask)
     parser.add_argument("command", choices=commands)
     for name in ("mae", "deepmim", "sdae", "bootmae"):
         parser.add_argument(f"--{name}", metavar="PATH", help="checkout of the official code")
@@ -267,6 +270,9 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, help="default: step 8, tiny 32; memory 512, SdAE 96")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--data", help="loader: folder with train/, with a folder of JPEGs per class")
+    for flag, default in dict(img_size=224, patch_size=16, images=64).items():
+        parser.add_argument(f"--{flag}", type=int, default=default, help="loader")
     for flag in ("compile", "recompute", "profile"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
