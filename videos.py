@@ -47,11 +47,11 @@ class Motions:
         phase = rng.uniform(0, 1, 4) + time * speed * self.kinds[self.classes[label]]  # (T, 4)
         y, x, angle, size = phase.T[:, :, None, None]  # (T, 1, 1) each
         pixels = (np.arange(S) + 0.5) / S
-        dy, dx = ((pixels[:, None] - y + 0.5) % 1 - 0.5), ((pixels - x + 0.5) % 1 - 0.5)  # leaves and comes back
-        spikes, radius = rng.integers(3, 7), 0.15 + 0.2 * (size % 1)
+        dy, dx = ((2 * pixels[:, None] - y) % 1 - 0.5), ((2 * pixels - x) % 1 - 0.5)  # 2 x 2 stars
+        spikes, radius = rng.integers(3, 7), 0.2 + 0.3 * (size % 1)
         edge = radius * (0.7 + 0.3 * np.cos(spikes * np.arctan2(dy, dx) + 2 * np.pi * angle))  # (T, S, S)
-        star = ((edge - np.hypot(dy, dx)) * S + 0.5).clip(0, 1)[..., None]
-        ground = zoom(rng.uniform(0, 1, (4, 4, 3)), (S / 4, S / 4, 1), order=1)  # (S, S, 3)
+        star = ((edge - np.hypot(dy, dx)) * S / 2 + 0.5).clip(0, 1)[..., None]
+        ground = rng.uniform(0, 1, 3)
         color = 0.5 + 0.5 * np.cos(2 * np.pi * (rng.uniform() + np.arange(3) / 3))
         clip = (255 * (star * color + (1 - star) * ground)).round().astype(np.uint8)
         return torch.from_numpy(clip).permute(0, 3, 1, 2), label
