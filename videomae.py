@@ -101,7 +101,7 @@ PRESETS = {
 
 def check_vit(cfg):
     assert cfg.img_size % cfg.patch_size == 0, f"--img_size must be divisible by --patch_size {cfg.patch_size}"
-    assert cfg.num_frames % cfg.tubelet_size == 0, f"--num_frames must be divisible by --tubelet_size {cfg.tubelet_size}"
+    assert cfg.num_frames % cfg.tubelet_size == 0, "--num_frames must be divisible by --tubelet_size"
     N = (cfg.img_size // cfg.patch_size) ** 2 * (cfg.num_frames // cfg.tubelet_size)
     assert 0 < cfg.num_keep < N, f"--mask_ratio {cfg.mask_ratio} must leave some of {N} tubes visible and some masked"
     for width, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
@@ -112,7 +112,8 @@ def check_vit(cfg):
 def patchify(clips, t, p):
     """Clips (B, T, 3, H, W) -> tubes (B, N, t*p*p*3), frame by frame; values ordered frame, row, column, channel."""
     B, T, C, H, W = clips.shape
-    x = clips.reshape(B, T // t, t, C, H // p, p, W // p, p).permute(0, 1, 4, 6, 2, 5, 7, 3)  # (B, T/t, h, w, t, p, p, C)
+    x = clips.reshape(B, T // t, t, C, H // p, p, W // p, p)
+    x = x.permute(0, 1, 4, 6, 2, 5, 7, 3)  # (B, T/t, h, w, t, p, p, C)
     return x.reshape(B, -1, t * p * p * C)  # (B, N, P)
 
 
@@ -166,8 +167,8 @@ class Block(nn.Module):
 
     def attend(self, x):
         B, T, D = x.shape
-        bias = torch.cat((self.attn.q_bias, torch.zeros_like(self.attn.q_bias), self.attn.v_bias))  # softmax ignores k's
-        qkv = F.linear(x, self.attn.qkv.weight, bias)
+        q, v = self.attn.q_bias, self.attn.v_bias
+        qkv = F.linear(x, self.attn.qkv.weight, torch.cat((q, torch.zeros_like(q), v)))  # softmax would ignore k's bias
         q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
         return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
 
@@ -274,9 +275,9 @@ class VideoMAE(nn.Module):
         self.taps = cfg.supervised
         self.encoder = ViT(cfg.img_size, p, cfg.num_frames, t, D, cfg.depth, cfg.num_heads)
         common.init_encoder(self.encoder, cfg)
+        N = math.prod(self.encoder.grid)
         self.decoders = nn.ModuleList(
-            Decoder(D, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, math.prod(self.encoder.grid), 3 * t * p * p)
-            for _ in self.taps)
+            Decoder(D, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, N, 3 * t * p * p) for _ in self.taps)
 
     def forward(self, clips, ids_shuffle):
         """clips (B, T, 3, H, W), ids_shuffle (B, N) -> loss (), metrics: name -> tensor ()."""
@@ -331,7 +332,13 @@ class Samples(common.Samples):
         self.source, self.cfg, self.draw = source, cfg, draw
 
     def read(self, index):
-        return self.source.read(index, videos.random_clip(self.cfg))
+        cfg = self.cfg
+
+        def pick(n):  # a clip that begins anywhere, by torch's generator, which has the key's seed
+            start = int(torch.randint(max(1, n - cfg.num_frames * cfg.stride + 1), ()))
+            return videos.clip_ids(n, start, cfg.num_frames, cfg.stride)
+
+        return self.source.read(index, pick)
 
     def sample(self, item, rng):
         clip = multi_scale_crop(item[0], self.cfg, rng)

@@ -5,6 +5,7 @@ Clips are uint8 (T, 3, H, W), torchvision's layout, whose transforms treat all f
 read(i, pick) -> clip, label; pick(n) -> numbers of the wanted frames, of n that the video has.
 """
 import bisect
+import math
 import os
 import sys
 from pathlib import Path
@@ -100,29 +101,34 @@ def read_folder(path, pick):
     return torch.stack([common.to_rgb(Image.open(os.path.join(path, names[n]))) for n in pick(len(names))])
 
 
-def decode(path, pick):
+def decode(path, pick, seek=True):
     """Frames of a video file. Reads the times of all frames, then decodes from the keyframe before a wanted one."""
+    with av.open(path) as container:
+        packets = container.demux(container.streams.video[0])
+        packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
+        timed = container.format.name != "avi" and all(time is not None for time, _ in packets)  # AVI has wrong times
+    times = sorted(time for time, _ in packets) if timed else range(len(packets))
+    keys = sorted(time for time, key in packets if key) if timed else [0]
+    ids, images, at = list(pick(len(times))), {}, -math.inf
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # there are data workers enough
-        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
-        timed = container.format.name != "avi" and all(time is not None for time, _ in packets)  # AVI has wrong times
-        times = sorted(time for time, _ in packets) if timed else range(len(packets))
-        keys = sorted(time for time, key in packets if key) if timed else [0]
-        wanted, images, at = [times[n] for n in pick(len(times))], {}, None
-        for time in sorted(set(wanted)):
-            key = keys[bisect.bisect(keys, time) - 1]
-            if at is None or key > at:
+        frames = enumerate(container.decode(stream))
+        for n in sorted(set(ids)):
+            key = keys[bisect.bisect(keys, times[n]) - 1]
+            if seek and key > max(at, keys[0]):
                 container.seek(key, stream=stream)
                 frames = enumerate(container.decode(stream))
             for count, frame in frames:
                 at = frame.pts if timed else count
-                if at >= time:
+                if at >= times[n]:
                     break
-            if at != time:
-                raise ValueError(f"frame {times.index(time)} of {len(times)} is not where the file says")
-            images[time] = frame.to_ndarray(format="rgb24")
-    return torch.from_numpy(np.stack([images[time] for time in wanted])).permute(0, 3, 1, 2)
+            if timed and at != times[n]:
+                if seek:  # some formats do not seek exactly
+                    return decode(path, lambda n: ids, seek=False)
+                raise ValueError(f"frame {n} of {len(times)} is missing")
+            images[n] = frame.to_ndarray(format="rgb24")
+    return torch.from_numpy(np.stack([images[n] for n in ids])).permute(0, 3, 1, 2)
 
 
 # --- clips and views --------------------------------------------------------------------------------------------------
@@ -130,14 +136,6 @@ def decode(path, pick):
 def clip_ids(n, start, num_frames, stride):
     """Numbers of a clip's frames in a video of n. The last of them that the video has is repeated if it ends early."""
     return [start + stride * min(t, (n - 1 - start) // stride) for t in range(num_frames)]
-
-
-def random_clip(cfg):
-    """pick(n) that draws the first frame with torch's generator."""
-    def pick(n):
-        start = int(torch.randint(max(1, n - cfg.num_frames * cfg.stride + 1), ()))
-        return clip_ids(n, start, cfg.num_frames, cfg.stride)
-    return pick
 
 
 def read_views(source, cfg, clips, crops, i):

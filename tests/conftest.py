@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     if "method" in metafunc.fixturenames:
         paths = [Path(p).resolve() for p in metafunc.config.getoption("method") or []]
-        paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae")]
+        paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae", "videomae")]
         modules, names = [load(path) for path in paths], [path.stem for path in paths]
         metafunc.parametrize("method", modules, ids=names, scope="module")
 

@@ -84,7 +84,7 @@ class Config(common.RunConfig):
         assert self.rand_augment <= 30, "--rand_augment must be at most 30"
 
 
-SIZES = dict(img_size=224, patch_size=16, num_frames=16, tubelet_size=2, stride=4, embed_dim=768, depth=12, num_heads=12)
+SIZES = dict(patch_size=16, tubelet_size=2, embed_dim=768, depth=12, num_heads=12, img_size=224, num_frames=16, stride=4)
 PRESETS = {
     "base": dict(),
     "large": dict(epochs=50, drop_path=0.2),  # [VideoMAE's code]
@@ -137,12 +137,13 @@ def settle(cfg):
         if not {"patch_embed.proj.weight", "blocks.0.attn.q_bias"} <= weights.keys():
             sys.exit(f"{path} holds no encoder of videos; give encoder.pt of videomae.py")
         D, _, t, p, _ = weights["patch_embed.proj.weight"].shape
-        sizes = {name: was[name] for name in SIZES if name in was} | dict(
-            patch_size=p, tubelet_size=t, embed_dim=D, depth=len({k.split(".")[1] for k in weights if k[:7] == "blocks."}),
-            num_heads=was.get("num_heads", 16 if D == 1280 else max(1, D // 64)))
-        for name in ("patch_size", "tubelet_size", "embed_dim", "depth", "num_heads"):
-            if getattr(cfg, name) not in (0, sizes[name]):
-                sys.exit(f"--{name} {getattr(cfg, name)}, but {path} has {sizes[name]}")
+        depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+        heads = cfg.num_heads or (16 if D == 1280 else max(1, D // 64))  # only our files tell; ViT-H has 80 channels each
+        fixed = dict(patch_size=p, tubelet_size=t, embed_dim=D, depth=depth, num_heads=was.get("num_heads", heads))
+        for name, size in fixed.items():
+            if getattr(cfg, name) not in (0, size):
+                sys.exit(f"--{name} {getattr(cfg, name)}, but {path} has {size}")
+        sizes = was | fixed
     cfg = replace(cfg, **{name: getattr(cfg, name) or sizes.get(name, size) for name, size in SIZES.items()})
     if cfg.img_size % cfg.patch_size or cfg.num_frames % cfg.tubelet_size:
         sys.exit(f"--img_size must be divisible by {cfg.patch_size}, --num_frames by {cfg.tubelet_size}")
@@ -185,7 +186,7 @@ def build(cfg, weights, num_classes):
         anew = {} if cfg.eval else {k: v for k, v in model.state_dict().items() if k.startswith(("fc_norm.", "head."))}
         common.load_weights(model, weights | anew, cfg.init)
         unused = [k for k in weights if k not in model.state_dict()]
-        common.print0(f"{cfg.init}: {len(weights) - len(unused)} tensors used; left out: {', '.join(unused[:4]) or 'none'}")
+        common.print0(f"{cfg.init}: {len(weights) - len(unused)} tensors used; left out: {unused[:4] or 'none'}")
     return model
 
 
