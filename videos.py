@@ -14,7 +14,6 @@ import av
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import zoom
 from torchvision.datasets.folder import has_file_allowed_extension, is_image_file
 from torchvision.transforms import v2
 
@@ -26,13 +25,12 @@ ENDINGS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".t
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 class Motions:
-    """Generated videos of a star. The label is the kind of motion, which no single frame tells.
+    """Generated videos of a wallpaper of gray discs. The label is the kind of motion, which no single frame tells.
 
-    Height, width, angle, and size are cyclic, with a random phase: each is distributed alike in all frames and classes.
+    Height, place across, and size are cyclic, with a random phase: they are distributed alike in all frames and classes.
     """
-    kinds = {  # cycles of height, width, angle, and size
-        "still": (0, 0, 0, 0), "up": (-1, 0, 0, 0), "down": (1, 0, 0, 0), "sideways": (0, 1, 0, 0),
-        "spin": (0, 0, 1, 0), "grow": (0, 0, 0, 1), "shrink": (0, 0, 0, -1), "roll": (0, 1, 1, 0)}
+    kinds = {"still": (0, 0, 0), "up": (-1, 0, 0), "down": (1, 0, 0), "sideways": (0, 1, 0), "rise": (-1, 1, 0),
+             "fall": (1, 1, 0), "grow": (0, 0, 1), "shrink": (0, 0, -1)}  # direction of height, place across, and size
     classes, frames = list(kinds), 48  # frames of each video
 
     def __init__(self, split, size):
@@ -43,19 +41,15 @@ class Motions:
 
     def read(self, i, pick):
         rng, S, label = np.random.default_rng((self.split == "val", i)), self.size, i % len(self.classes)
-        speed = rng.uniform(0.03, 0.05) * rng.choice((-1, 1), 4) ** (0, 1, 1, 0)  # cycles per frame; either way around
-        time = np.asarray(pick(self.frames))[:, None]
-        phase = rng.uniform(0, 1, 4) + time * speed * self.kinds[self.classes[label]]  # (T, 4)
-        y, x, angle, size = phase.T[:, :, None, None]  # (T, 1, 1) each
-        pixels = (np.arange(S) + 0.5) / S
-        dy, dx = ((2 * pixels[:, None] - y) % 1 - 0.5), ((2 * pixels - x) % 1 - 0.5)  # 2 x 2 stars
-        spikes, radius = rng.integers(3, 7), 0.2 + 0.3 * (size % 1)
-        edge = radius * (0.7 + 0.3 * np.cos(spikes * np.arctan2(dy, dx) + 2 * np.pi * angle))  # (T, S, S)
-        star = ((edge - np.hypot(dy, dx)) * S / 2 + 0.5).clip(0, 1)[..., None]
-        ground = rng.uniform(0, 1, 3)
-        color = 0.5 + 0.5 * np.cos(2 * np.pi * (rng.uniform() + np.arange(3) / 3))
-        clip = (255 * (star * color + (1 - star) * ground)).round().astype(np.uint8)
-        return torch.from_numpy(clip).permute(0, 3, 1, 2), label
+        speed = rng.uniform(0.03, 0.05, 3) * (1, rng.choice((-1, 1)), 1)  # cycles per frame; sideways is either way
+        motion = np.asarray(pick(self.frames))[:, None] * speed * self.kinds[self.classes[label]]
+        y, x, size = (rng.uniform(0, 1, 3) + motion).T[:, :, None, None]  # (T, 1, 1) each
+        pixels = 2 * (np.arange(S) + 0.5) / S  # 2 x 2 discs
+        away = np.hypot((pixels[:, None] - y) % 1 - 0.5, (pixels - x) % 1 - 0.5)  # (T, S, S), from the disc's center
+        disc = ((0.2 + 0.2 * (size % 1) - away) * 4 + 0.5).clip(0, 1)  # blurred
+        ground, gray = rng.uniform(0, 0.3), rng.uniform(0.7, 1)
+        clip = (255 * (ground + (gray - ground) * disc)).round().astype(np.uint8)
+        return torch.from_numpy(clip).unsqueeze(1).expand(-1, 3, -1, -1), label
 
 
 class Videos:
