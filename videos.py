@@ -25,7 +25,7 @@ ENDINGS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".t
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 class Motions:
-    """Generated videos of a wallpaper of gray discs. The label is the kind of motion, which no single frame tells.
+    """Generated videos of a wallpaper of discs. The label is the kind of motion, which no single frame tells.
 
     Height, place across, and size are cyclic, with a random phase: they are distributed alike in all frames and classes.
     """
@@ -47,9 +47,9 @@ class Motions:
         pixels = 2 * (np.arange(S) + 0.5) / S  # 2 x 2 discs
         away = np.hypot((pixels[:, None] - y) % 1 - 0.5, (pixels - x) % 1 - 0.5)  # (T, S, S), from the disc's center
         disc = ((0.2 + 0.2 * (size % 1) - away) * 4 + 0.5).clip(0, 1)  # blurred
-        ground, gray = rng.uniform(0, 0.3), rng.uniform(0.7, 1)
-        clip = (255 * (ground + (gray - ground) * disc)).round().astype(np.uint8)
-        return torch.from_numpy(clip).unsqueeze(1).expand(-1, 3, -1, -1), label
+        ground, color = rng.uniform(0, 0.5, 3), rng.uniform(0.5, 1, 3)
+        clip = (255 * (ground + (color - ground) * disc[..., None])).round().astype(np.uint8)
+        return torch.from_numpy(clip).permute(0, 3, 1, 2), label
 
 
 class Videos:
