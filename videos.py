@@ -27,7 +27,7 @@ ENDINGS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".t
 class Motions:
     """Generated videos of a wallpaper of discs. The label is the kind of motion, which no single frame tells.
 
-    Height, place across, and size are cyclic, with a random phase: they are distributed alike in all frames and classes.
+    Height, place across, and size are cyclic, with a random phase: all frames and classes are alike in them.
     """
     kinds = {"still": (0, 0, 0), "up": (-1, 0, 0), "down": (1, 0, 0), "sideways": (0, 1, 0), "rise": (-1, 1, 0),
              "fall": (1, 1, 0), "grow": (0, 0, 1), "shrink": (0, 0, -1)}  # direction of height, place across, and size
@@ -58,7 +58,7 @@ class Videos:
     def __init__(self, root):
         found = []
         for folder, folders, files in os.walk(root, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:], files = ([name for name in names if name[0] != "."] for names in (folders, files))
             if any(is_image_file(name) for name in files):
                 found.append(folder)
             found += [os.path.join(folder, name) for name in files if has_file_allowed_extension(name, ENDINGS)]
@@ -91,7 +91,8 @@ def open_data(cfg, split):
 
 def read_folder(path, pick):
     """Frames are in the order of their names; shorter names come first, so that 9.jpg is before 10.jpg."""
-    names = sorted((name for name in os.listdir(path) if is_image_file(name)), key=lambda name: (len(name), name))
+    names = [name for name in os.listdir(path) if is_image_file(name) and name[0] != "."]
+    names.sort(key=lambda name: (len(name), name))
     return torch.stack([common.to_rgb(Image.open(os.path.join(path, names[n]))) for n in pick(len(names))])
 
 

@@ -177,7 +177,8 @@ def test_a_short_video_repeats_its_last_frame(tmp_path):
 def test_only_what_is_near_is_decoded(tmp_path, monkeypatch):
     write(tmp_path / "long.mp4", 240, gop=12)
     decoded, plain = [], enumerate
-    monkeypatch.setattr(videos, "enumerate", lambda frames: plain(decoded.append(0) or f for f in frames), raising=False)
+    counting = lambda frames: plain(decoded.append(0) or frame for frame in frames)
+    monkeypatch.setattr(videos, "enumerate", counting, raising=False)
     videos.decode(str(tmp_path / "long.mp4"), lambda n: [100, 104, 230])
     assert len(decoded) <= 5 + 4 + 12
 
@@ -235,8 +236,8 @@ def steps(out):
 
 
 TUNE = "--preset quick --device cpu --num_workers 0 --log_every 1 --save_every 0 --batch_size 4 --base_lr 1 " \
-       "--img_size 16 --patch_size 4 --num_frames 4 --stride 2 --embed_dim 16 --depth 2 --num_heads 2 --mixup 0.8 --cutmix 1 " \
-       "--rand_augment 21 --erase 0.5 --repeats 2 --drop_path 0.1"
+       "--img_size 16 --patch_size 4 --num_frames 4 --stride 2 --embed_dim 16 --depth 2 --num_heads 2 --mixup 0.8 " \
+       "--cutmix 1 --rand_augment 21 --erase 0.5 --repeats 2 --drop_path 0.1"
 
 
 def test_tuning_resumes_bitwise_and_counts_broken_videos(folder, tmp_path, monkeypatch, capsys):

@@ -84,7 +84,8 @@ class Config(common.RunConfig):
         assert self.rand_augment <= 30, "--rand_augment must be at most 30"
 
 
-SIZES = dict(patch_size=16, tubelet_size=2, embed_dim=768, depth=12, num_heads=12, img_size=224, num_frames=16, stride=4)
+SIZES = dict(img_size=224, patch_size=16, num_frames=16, tubelet_size=2, stride=4, embed_dim=768, depth=12,
+             num_heads=12)
 PRESETS = {
     "base": dict(),
     "large": dict(epochs=50, drop_path=0.2),  # [VideoMAE's code]
@@ -138,7 +139,7 @@ def settle(cfg):
             sys.exit(f"{path} holds no encoder of videos; give encoder.pt of videomae.py")
         D, _, t, p, _ = weights["patch_embed.proj.weight"].shape
         depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-        heads = cfg.num_heads or (16 if D == 1280 else max(1, D // 64))  # only our files tell; ViT-H has 80 channels each
+        heads = cfg.num_heads or (16 if D == 1280 else max(1, D // 64))  # only our files say
         fixed = dict(patch_size=p, tubelet_size=t, embed_dim=D, depth=depth, num_heads=was.get("num_heads", heads))
         for name, size in fixed.items():
             if getattr(cfg, name) not in (0, size):
