@@ -92,8 +92,8 @@ PRESETS = {
     "small": dict(embed_dim=384, num_heads=6, decoder_dim=192, decoder_heads=3),
     "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_dim=512, decoder_heads=8),
     "quick": dict(img_size=32, patch_size=8, num_frames=8, stride=2, embed_dim=96, depth=4, num_heads=3, decoder_dim=64,
-                  decoder_heads=2, decoder_depth=1, mask_ratio=0.75, epochs=8, warmup_epochs=1, batch_size=32,
-                  base_lr=1.6e-2, min_lr=0.0, crop_scales=(1.0,), eval_every=4, out_dir="out/quick_videomae"),
+                  decoder_heads=2, decoder_depth=1, mask_ratio=0.75, epochs=6, warmup_epochs=1, batch_size=32,
+                  base_lr=1.6e-2, min_lr=0.0, crop_scales=(1.0,), eval_every=3, out_dir="out/quick_videomae"),
 }
 
 
