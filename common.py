@@ -2,9 +2,9 @@
 What every image trainer needs and no paper is about: flags, data, schedule, checkpoints, and one training loop.
 Nothing here knows of masks, teachers, or decoders. A method file brings:
 
-    draw_mask(rng, cfg) -> int array (N,)     everything random about a sample besides its crop; runs in the data worker
+    draw_mask(rng, cfg) -> array              everything random about a sample besides its crop; runs in the data worker
     model = Method(cfg)                       reads the Config directly; the class name is the method's name in files
-    model(imgs, draws) -> loss, metrics       imgs (B, 3, H, W) normalized, draws (B, N); loss: a mean over images;
+    model(imgs, draws) -> loss, metrics       imgs (B, 3, H, W) normalized, draws stacked; loss: a mean over images;
                                               metrics: name -> 0-dim tensor, only logged if there is a slash in the name
     model.encoder                             what encoder.pt holds and kNN measures, unless there is a model.exported
     model.after_step(step, steps_per_epoch)   optional: EMA and the like; step counts from 1. Processes do not share
@@ -20,7 +20,9 @@ of an epoch of (seed, epoch), anything random inside the model of (seed, step, r
 depend on processes, workers, or micro-batches, and a checkpoint needs no generator state.
 """
 import argparse
+import atexit
 import contextlib
+import difflib
 import fcntl
 import functools
 import inspect
@@ -40,14 +42,14 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from shapes import Shapes
+from sources import Folder, name_of, open_data, to_rgb  # noqa: F401, for scripts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
@@ -66,7 +68,8 @@ class RunConfig:
     seed: int = 0  # [ours] of everything random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto: CUDA if there is a GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that support it
-    compile: bool = False  # [ours] torch.compile the model
+    compile: bool = False  # [ours] torch.compile each block
+    recompute: bool = False  # [ours] save memory: keep blocks' inputs only, and compute the rest again in the backward
     micro_batch: int = 0  # [ours] images per process and forward pass; 0: batch_size / processes, no accumulation
     num_workers: int = min(10, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))  # [ours] data workers per process
     clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping
@@ -88,13 +91,14 @@ class RunConfig:
 
 
 def parse(Config, presets, doc="", argv=None):
-    """Command line -> frozen Config. One field, one flag; its comment is the help; --preset replaces defaults."""
+    """Command line -> frozen Config. One field, one flag; its comment is the help; presets replace defaults."""
     source = "".join(inspect.getsource(c) for c in reversed(Config.__mro__[:-1]))
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     parser = argparse.ArgumentParser(usage="%(prog)s [--flag value ...]", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = "\n".join(f"--preset {k}: {' '.join(f'{f}={x}' for f, x in v.items())}" for k, v in presets.items())
-    parser.add_argument("--preset", choices=presets, help="[ours] replaces defaults, as listed at the end")
+    parser.add_argument("--preset", nargs="+", default=[], choices=presets,
+                        help="[ours] replaces defaults, as listed at the end; of several, later ones win")
     for f in fields(Config):
         kind, args = get_origin(f.type) or f.type, get_args(f.type)
         if f.name not in helps or kind not in (bool, int, float, str, tuple, Literal):
@@ -104,8 +108,11 @@ def parse(Config, presets, doc="", argv=None):
                Literal: dict(choices=args)}.get(kind, dict(type=kind))
         text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
-    given = vars(parser.parse_args(argv))
-    given = presets.get(given.pop("preset"), {}) | given
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = [k for k in helps if k.endswith(unknown[0].strip("-"))] + difflib.get_close_matches(unknown[0], helps)
+        parser.error(f"unknown {unknown[0]}" + f"; did you mean --{near[0]}?" * bool(near))
+    given = dict(ChainMap(vars(given), *(presets[name] for name in reversed(vars(given).pop("preset")))))
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     except AssertionError as error:  # __post_init__
@@ -123,53 +130,6 @@ def print0(message):
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
-
-def open_data(cfg, split):
-    """Data set for `split`, "train" or "val": [i] -> PIL image, label. A folder without labels has `classes` [""]."""
-    path, make = Path(cfg.data), getattr(torchvision.datasets, cfg.data, None)
-    if cfg.data == "shapes":
-        return Shapes(split, cfg.img_size)
-    if path.is_dir():
-        try:
-            return Folder(path / split if split == "val" or (path / split).is_dir() else path)
-        except FileNotFoundError as error:  # no such folder, or no images in it
-            sys.exit(f"--data {path.absolute()}, {split}: {error}")
-    if not inspect.isclass(make):
-        sys.exit(f"--data {path.absolute()} is not a folder, nor {cfg.data} a class in torchvision.datasets")
-    flags = inspect.signature(make).parameters
-    which = dict(split=split if split == "train" or cfg.data in ("ImageNet", "Imagenette") else "test")
-    which = dict(train=split == "train") if "train" in flags else which
-    setup(cfg)
-    if LOCAL_RANK == 0 and "download" in flags:
-        make("data", **which, download=True)
-    gather(None)  # the others wait for the download
-    return make("data", **which)
-
-
-class Folder(torchvision.datasets.ImageFolder):
-    """ImageFolder without hidden folders and files; one without any class folder is unlabeled, with `classes` [""]."""
-
-    def __init__(self, root):
-        super().__init__(str(root), loader=Image.open, is_valid_file=lambda path: "/." not in path[len(str(root)):]
-                         and torchvision.datasets.folder.is_image_file(path))
-
-    def find_classes(self, root):
-        classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) or [""]
-        return classes, {name: i for i, name in enumerate(classes)}
-
-
-def name_of(source, index):
-    return source.samples[index][0] if hasattr(source, "samples") else f"image {index}"
-
-
-def to_rgb(image):
-    """PIL image -> uint8 (3, H, W). Raises ValueError for 32-bit pixels, whose range is unknown."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))  # Pillow would saturate it to white
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (PIL mode {image.mode}) have no known range; convert them to 8 or 16 bits")
-    return v2.functional.pil_to_tensor(image.convert("RGB"))
-
 
 class Samples(Dataset):
     """Training samples by key (epoch, index). An unreadable image is replaced by another one, always the same."""
@@ -229,12 +189,15 @@ def batches(n, cfg, micro, start, stop):
         yield from ([(epoch, int(index)) for index in part] for part in batch[RANK])
 
 
-def make_loader(dataset, cfg, **options):
+def make_loader(dataset, cfg, collate_fn, **options):
     """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
-    return DataLoader(
-        dataset, num_workers=cfg.num_workers, multiprocessing_context="fork" if cfg.num_workers else None,
-        timeout=DATA_TIMEOUT if cfg.num_workers else 0, **options,
-        worker_init_fn=lambda worker: os.setpgrp(), pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
+    def share(items):  # here an error ends the run; in the thread that sends a batch, it would lose it without a word
+        return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, collate_fn(items))
+
+    if cfg.num_workers:
+        options |= dict(multiprocessing_context="fork", timeout=DATA_TIMEOUT, worker_init_fn=lambda _: os.setpgrp())
+    return DataLoader(dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers,
+                      pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
 @functools.cache  # copied to the device once: a copy per step would wait for the GPU
@@ -243,14 +206,11 @@ def mean_std(device):
 
 
 def to_device(imgs, draws, device):
-    """uint8 images (B, 3, H, W) -> normalized, on the device, with their draws. Lists (of any sizes) stay lists."""
-    if isinstance(imgs, list):
-        return map(list, zip(*(to_device(img, draw, device) for img, draw in zip(imgs, draws))))
+    """uint8 images (B, 3, H, W) -> normalized, on the device, with their draws. Either may be a list of tensors."""
     mean, std = mean_std(device)
-    imgs = (imgs.to(device, non_blocking=True).float() / 255 - mean) / std
-    if isinstance(draws, dict):
-        return imgs, {k: v.to(device, non_blocking=True) for k, v in draws.items()}
-    return imgs, draws.to(device, non_blocking=True)
+    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+    imgs = tree_map_only(torch.Tensor, lambda x: (move(x).float() / 255 - mean) / std, imgs)
+    return imgs, tree_map_only(torch.Tensor, move, draws)
 
 
 # --- optimizer and schedule -------------------------------------------------------------------------------------------
@@ -366,11 +326,11 @@ def write_log(log, **line):
         log.write(json.dumps(line).encode() + b"\n")
 
 
-def checkpoint(out, model, optimizer, samples, device, autocast, **state):
+def save(out, model, optimizer, samples, device, autocast, **state):
     """Write encoder.pt (model.pt without an encoder), last.pt, preview.png. A failure is a warning. -> success"""
     exported, last = getattr(model, "exported", getattr(model, "encoder", model)), out / "last.pt"
     try:
-        with replacing(out / ("model.pt" if exported is model else "encoder.pt")) as path:
+        with replacing(out / ("encoder.pt" if hasattr(model, "encoder") else "model.pt")) as path:
             torch.save(dict(model=exported.state_dict(), config=state["about"]), path)
         with replacing(last) as path:
             torch.save(dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()), path)
@@ -380,8 +340,9 @@ def checkpoint(out, model, optimizer, samples, device, autocast, **state):
         print0(f"warning: cannot save {last}: {error}")
         return False
     if hasattr(model, "preview"):
-        from analyze import save_preview  # needs matplotlib
-        save_preview(model, samples, device, autocast, out / "preview.png")
+        from evaluate import save_preview  # needs matplotlib
+        with torch.compiler.set_stance("force_eager"):
+            save_preview(model, samples, device, autocast, out / "preview.png")
     return True
 
 
@@ -396,7 +357,9 @@ def setup(cfg):
         store, *_ = next(dist.rendezvous("env://"))
         if WORLD == LOCAL_WORLD:  # torchrun --max-restarts keeps the store, with the addresses of dead processes
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                device_id=torch.device("cuda", LOCAL_RANK) if cuda else None)
+        atexit.register(dist.destroy_process_group)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -410,15 +373,26 @@ def gather(value):
     return values
 
 
+def wrap_blocks(model, cfg):
+    """--recompute and --compile, for every module whose class name ends in Block; names in checkpoints stay."""
+    for block in (m for m in model.modules() if type(m).__name__.endswith("Block")):
+        if cfg.recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            block.compile()
+
+
 @contextlib.contextmanager
 def explained():
     """One line for what ends a run on good input: memory, and data workers that die or hang."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a worker that died while it sent
-        if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader", "CUDA out of memory")):
+        if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
-        sys.exit(f"{error}\nLower --micro_batch if GPU memory is full, --num_workers if main memory or /dev/shm is")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for a worker that dies late
+        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or give --micro_batch a "
+                 "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
 
 @explained()
@@ -426,10 +400,10 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     """Train `model` on `samples`. The same command resumes a stopped run, bitwise on CPU.
 
     optimizer(model, cfg): groups may have an "lr_scale". schedule(step, steps_per_epoch, cfg) -> learning rate.
-    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: analyze.evaluate_encoder.
+    evaluate(model, cfg, device, autocast, samples) -> metrics, in all processes; None: evaluate.evaluate_encoder.
     """
     if cfg.eval_every and not evaluate:
-        from analyze import evaluate_encoder as evaluate
+        from evaluate import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
     out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
     accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
@@ -454,12 +428,10 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     optimizer = optimizer(model, cfg)
     if step:
         optimizer.load_state_dict(state.pop("optimizer"))
-    if cfg.compile:
-        model.compile()
+    wrap_blocks(model, cfg)
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
     ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
-    keys = batches(n, cfg, micro, step, stop)
-    loader = iter(make_loader(samples, cfg, batch_sampler=keys, collate_fn=samples.collate))
+    loader = iter(make_loader(samples, cfg, samples.collate, batch_sampler=batches(n, cfg, micro, step, stop)))
     print0(f"{about['method']}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train, "
            f"{n:,} images of {cfg.data}, {device} {'bf16' if autocast._enabled else 'fp32'}\nbatch {cfg.batch_size} = "
            f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")
@@ -469,12 +441,14 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
-    caught, saved, logged, busy, waited = 0, True, step, 0.0, 0.0
+    caught, saved, started = 0, True, time.perf_counter()
+    logged, busy, waited, sums = step, 0.0, 0.0, 0  # since the last line of the log
     while True:
         # Evaluate after saving: a signal then loses nothing. Step 0, the baseline, is of interest in pretraining only.
         if cfg.eval_every and (step >= stop or step % eval_steps == 0) and (step or hasattr(model, "encoder")):
             model.eval()
-            found = evaluate(model, cfg, device, autocast, samples)
+            with torch.compiler.set_stance("force_eager"):  # other batch sizes would recompile the training graph
+                found = evaluate(model, cfg, device, autocast, samples)
             write_log(log, step=step, epoch=step / steps_per_epoch, **found)
             model.train()
         if step >= stop:
@@ -507,6 +481,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         if not math.isfinite(norm):
             sys.exit(f"gradients not finite at step {step + 1}, loss {metrics['loss'].item():.4g} in process {RANK}; "
                      "resume with --clip_grad 3 or --precision fp32, or start over with a lower learning rate")
+        sums = sums + torch.stack([*metrics.values()])
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -516,24 +491,26 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         busy += time.perf_counter() - began
 
         if step == stop or step % cfg.log_every == 0:
-            means = torch.stack([*metrics.values()]) / WORLD  # of this step, over processes
+            means = sums / (step - logged) / WORLD
             if WORLD > 1:
                 dist.all_reduce(means)
             note_bad(bad, new_bad, n, cfg)
+            memory = dict(peak_gib=torch.cuda.max_memory_allocated() / 2**30) if device.type == "cuda" else {}
             write_log(log, step=step, epoch=step / steps_per_epoch, **dict(zip(metrics, means.tolist())),
                       lr=lr, unreadable=len(bad), data_wait=waited / busy,
-                      images_per_s=(step - logged) * cfg.batch_size / busy)
-            logged, busy, waited = step, 0.0, 0.0
+                      images_per_s=(step - logged) * cfg.batch_size / busy, **memory,
+                      minutes=(time.perf_counter() - started) / 60,
+                      minutes_left=busy / 60 / (step - logged) * (stop - step))
+            logged, busy, waited, sums = step, 0.0, 0.0, 0
         if step == stop or caught or step % save_steps == 0:
             note_bad(bad, new_bad, n, cfg)
             if RANK == 0:
-                saved = checkpoint(out, model, optimizer, samples, device, autocast, step=step, log=log.tell(), bad=bad,
-                                   about=about)
+                saved = save(out, model, optimizer, samples, device, autocast, step=step, log=log.tell(), bad=bad,
+                             about=about)
         if caught:
             break
     if WORLD > 1:
         dist.barrier()  # the first process has written its files
-        dist.destroy_process_group()
     if caught:
         print0(f"stopped by a signal after step {step}; the same command resumes")
     if caught or not saved:

@@ -56,7 +56,7 @@ class Config(common.RunConfig):
     num_heads: int = 12  # [AAAI Implementation] attention heads; ViT-S 6, ViT-L 16
     mask: Literal["block", "random"] = "block"  # [AAAI Implementation] block-wise; random is MAE's
     mask_ratio: float = 0.75  # [AAAI Implementation] fraction of patches hidden from the encoder
-    K: int = 4  # [AAAI Table 4] supervised blocks, at depth / K * i
+    K: int = 4  # [AAAI Table 4] supervised blocks, at depth / K * i, rounded down
     pixel: Supervision = "dds"  # [AAAI Tables 2, 3, Eq. 3] pixel branch: dds, ds, d, plain, none
     feature: Supervision = "dds"  # [AAAI Tables 2, 3, Eq. 5] feature self-distillation branch, same choices
     beta_init: tuple[float, ...] = (-0.5,)  # [AAAI Implementation, ICLR Table 7] one for all blocks, or K values
@@ -81,7 +81,7 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_vit(self)
-        assert self.depth % self.K == 0, f"--depth {self.depth} must be divisible by --K {self.K}"
+        assert self.K <= self.depth, f"--K {self.K} is above --depth {self.depth}"
         assert {self.pixel, self.feature} != {"none"}, "--pixel none --feature none leaves nothing to learn from"
         K = self.K
         for name, counts in dict(beta_init=(1, K), loss_scale=(1, K), reg=(0, 1, K), momentum=(1, 3)).items():
@@ -163,14 +163,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, T, D)
-        x = x + self.drop(self.attend(self.norm1(x)))
+    def forward(self, x, first=0):
+        """(B, T, D) -> outputs of the tokens from `first` on; they attend to all."""
+        x = x[:, first:] + self.drop(self.attend(self.norm1(x), first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-    def attend(self, x):
-        B, T, D = x.shape
-        q, k, v = self.attn.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+    def attend(self, x, first):
+        q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
         if not self.training or not self.drop_path:
@@ -231,14 +232,15 @@ class Decoder(nn.Module):
         x = self.decoder_embed(latent)  # (K, B, 1 + V, Dd)
         masked = (self.mask_token + pos[:, V:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
         x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :V], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1 + V:])).unflatten(0, (K, B))
+        x = self.decoder_blocks[-1](x, first=1 + V)  # (K*B, M, Dd)
+        return self.decoder_pred(self.decoder_norm(x)).unflatten(0, (K, B))
 
 # --- end of the shared part -------------------------------------------------------------------------------------------
 
 
-# --- masking ----------------------------------------------------------------------------------------------------------
+# --- masking and loss weights -----------------------------------------------------------------------------------------
 
 def block_mask(rng, grid, num_mask):
     """Draw rectangles until exactly `num_mask` patches are covered -> bool (h, w), True = masked. [BEiT Algorithm 1]
@@ -278,8 +280,6 @@ def draw_mask(rng, cfg):
     return np.argsort(masked, kind="stable")
 
 
-# --- distance map and loss weights ------------------------------------------------------------------------------------
-
 def distance_map(ids_keep, distances):
     """D(m), from each patch to the nearest visible one, 0 if visible: ids_keep (B, V), distances (N, N) -> (B, N)."""
     return distances[ids_keep].amin(1)
@@ -313,12 +313,12 @@ def pixel_picture(pred, patches, norm_pix):
 # --- the method -------------------------------------------------------------------------------------------------------
 
 class DDAE(nn.Module):
-    """Encoder, pixel decoder, feature decoder, teacher, and the K betas."""
+    """Encoder, pixel decoder, feature decoder, teacher, and a beta for each block whose loss is weighted."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D, p, K = cfg, cfg.embed_dim, cfg.patch_size, cfg.K
-        self.taps = [cfg.depth // K * i for i in range(1, K + 1)]  # g_i, counted from 1
+        self.taps = [cfg.depth * i // K for i in range(1, K + 1)]  # g_i, counted from 1
         self.encoder = ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads)
         common.init_encoder(self.encoder, cfg)
         grid = self.encoder.grid
@@ -331,11 +331,11 @@ class DDAE(nn.Module):
         def per_block(values):  # one value for all, or K values -> (K,)
             return torch.tensor(values).repeat(K)[:K]
 
-        dynamic = {"dds": range(K), "d": range(K - 1, K)}  # blocks whose beta enters the loss and is regularized
-        used = [any(i in dynamic.get(kind, ()) for kind in (cfg.pixel, cfg.feature)) for i in range(K)]
-        self.beta = nn.Parameter(per_block(cfg.beta_init), requires_grad=cfg.beta_learnable and any(used))
-        reg = per_block(cfg.reg or [0.1 * g for g in self.taps]) * torch.tensor(used)
-        self.register_buffer("reg", reg, persistent=False)  # lambda_i
+        kinds = {cfg.pixel, cfg.feature}
+        first = 0 if "dds" in kinds else K - 1 if "d" in kinds else K
+        self.dynamic = self.taps[first:]  # blocks whose beta acts
+        self.beta = nn.Parameter(per_block(cfg.beta_init)[first:], requires_grad=cfg.beta_learnable and first < K)
+        self.register_buffer("reg", per_block(cfg.reg or [0.1 * g for g in self.taps])[first:], persistent=False)
         self.register_buffer("loss_scale", per_block(cfg.loss_scale), persistent=False)
         cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))  # (N, 2)
         distances = torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N), in patches
@@ -345,7 +345,7 @@ class DDAE(nn.Module):
         """imgs (B, 3, H, W), ids_shuffle (B, N) -> loss (), metrics: name -> tensor ()."""
         cfg, metrics = self.cfg, {}
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]  # (B, V), (B, M)
-        weight, excess = self.weights(ids_keep, ids_mask)  # (K, B, M), (K, B)
+        weight, excess = self.weights(ids_keep, ids_mask)  # (K, B, M), (K, B); of the last block alone, or of none
         latent = self.encode(imgs, ids_keep)  # (K, B, 1 + V, D)
         loss = 0
         if cfg.pixel != "none":
@@ -353,7 +353,7 @@ class DDAE(nn.Module):
             pred = self.pixel_decoder(latent[FIRST[cfg.pixel]:], ids_shuffle)  # (K, B, M, P)
             error = (pred - target).square().mean(-1)  # (K, B, M)
             loss += self.weighted(error, weight, cfg.pixel)  # Eq. 3
-            metrics["pixel"] = error.mean((1, 2))  # unweighted: only such errors compare across betas
+            metrics["pixel"] = error.mean((1, 2))  # unweighted, to compare across betas
         if cfg.feature != "none":
             target, target_std = self.targets(imgs, ids_mask)  # (K, B, M, D), (K,)
             pred = self.feature_decoder(latent[FIRST[cfg.feature]:], ids_shuffle)
@@ -399,7 +399,7 @@ class DDAE(nn.Module):
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - m)  # Eq. 4
 
     def preview(self, imgs, ids_shuffle):
-        """Panels for preview.png: title -> images (B, 3, H, W), or maps (B, h, w)."""
+        """Panels for preview.png: title -> images (B, 3, H, W) or maps (B, h, w)."""
         cfg, grid = self.cfg, self.encoder.grid
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]
         visible, true = (take(patchify(imgs, cfg.patch_size), ids) for ids in (ids_keep, ids_mask))
@@ -410,9 +410,13 @@ class DDAE(nn.Module):
         panels = {"input": imgs, "masked": picture(torch.zeros_like(true))}
         if cfg.pixel != "none":
             pred = self.pixel_decoder(self.encode(imgs, ids_keep)[-1:], ids_shuffle)[0].float()  # (B, M, P)
-            panels["reconstruction"] = picture(pixel_picture(pred, true, cfg.norm_pix))
-        panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
-        for g, beta, weight in zip(self.taps, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)
+            if cfg.norm_pix:  # the prediction has no mean and no deviation: show what the true ones tell
+                panels["true means"] = picture(pixel_picture(torch.zeros_like(true), true, True))
+            title = "reconstruction" + "\n(true mean, std)" * cfg.norm_pix
+            panels[title] = picture(pixel_picture(pred, true, cfg.norm_pix))
+        if self.dynamic:
+            panels["distance"] = distance_map(ids_keep, self.distances).unflatten(1, grid)
+        for g, beta, weight in zip(self.dynamic, self.beta, self.weights(ids_keep, ids_mask)[0]):  # weight (B, M)
             weight = unshuffle(torch.zeros_like(visible[..., :1]), weight.unsqueeze(-1), ids_shuffle)  # Algorithm 1
             panels[f"weight, block {g}\n(beta {beta:.2f})"] = weight.squeeze(-1).unflatten(1, grid)
         return panels

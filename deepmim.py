@@ -168,14 +168,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, T, D)
-        x = x + self.drop(self.attend(self.norm1(x)))
+    def forward(self, x, first=0):
+        """(B, T, D) -> outputs of the tokens from `first` on; they attend to all."""
+        x = x[:, first:] + self.drop(self.attend(self.norm1(x), first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-    def attend(self, x):
-        B, T, D = x.shape
-        q, k, v = self.attn.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+    def attend(self, x, first):
+        q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
         if not self.training or not self.drop_path:
@@ -236,9 +237,10 @@ class Decoder(nn.Module):
         x = self.decoder_embed(latent)  # (K, B, 1 + V, Dd)
         masked = (self.mask_token + pos[:, V:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
         x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :V], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1 + V:])).unflatten(0, (K, B))
+        x = self.decoder_blocks[-1](x, first=1 + V)  # (K*B, M, Dd)
+        return self.decoder_pred(self.decoder_norm(x)).unflatten(0, (K, B))
 
 # --- end of the shared part -------------------------------------------------------------------------------------------
 
@@ -248,11 +250,14 @@ class Decoder(nn.Module):
 def draw_mask(rng, cfg):
     """Everything random about a sample besides its crop -> ids_shuffle (N,), visible patches first.
 
-    Semantic masks need a network, so `DeepMIM.reorder` makes them; this order is the only randomness they use.
+    Semantic masks need a network: `DeepMIM.shuffle` makes them from the noise (2, N) that is drawn here.
     """
+    N = (cfg.img_size // cfg.patch_size) ** 2
     # Fork here: any order of the patches is a mask; the first num_keep are visible.
-    if cfg.mask in ("random", "semantic_guided", "semantic_aware"):
-        return rng.permutation((cfg.img_size // cfg.patch_size) ** 2)
+    if cfg.mask == "random":
+        return rng.permutation(N)
+    if cfg.mask in ("semantic_guided", "semantic_aware"):
+        return rng.random((2, N))
     raise ValueError(f"unknown mask {cfg.mask}")
 
 
@@ -350,10 +355,10 @@ class DeepMIM(nn.Module):
         self.register_buffer("alpha", torch.tensor(alpha).view(K, 1, 1, 1), persistent=False)
         self.register_buffer("whole", torch.zeros(()))  # where SemMAE's schedule is; saved for a resumed run
 
-    def forward(self, imgs, ids_shuffle):
-        """imgs (B, 3, H, W), ids_shuffle (B, N) -> loss (), metrics: name -> tensor ()."""
+    def forward(self, imgs, draws):
+        """imgs (B, 3, H, W), draws (B, N) or noise (B, 2, N) -> loss (), metrics: name -> tensor ()."""
         cfg = self.cfg
-        ids_shuffle = self.reorder(imgs, ids_shuffle)
+        ids_shuffle = self.shuffle(imgs, draws)  # (B, N)
         target = self.targets(imgs, ids_shuffle)  # (1 or K, B, M, C)
         pred = self.decode(self.encode(imgs, ids_shuffle[:, :cfg.num_keep]), ids_shuffle)  # (K, B, M, C)
         error = per_patch_error(pred, target, cfg.target)  # (K, B, M)
@@ -371,14 +376,14 @@ class DeepMIM(nn.Module):
             return self.decoders[0](latent, ids_shuffle)
         return torch.cat([decoder(x, ids_shuffle) for decoder, x in zip(self.decoders, latent.split(1))])
 
-    def reorder(self, imgs, ids_shuffle):
-        """Turn random masks into semantic ones, if --mask says so: ids_shuffle (B, N) -> ids_shuffle."""
+    def shuffle(self, imgs, draws):
+        """What `draw_mask` drew -> ids_shuffle (B, N), by the mask network for semantic masks."""
         if self.cfg.mask == "semantic_guided":
             tokens, _ = self.mask_network.tokens(imgs, self.encoder.grid)
-            return targets.semantic_guided(tokens[:, 1:], ids_shuffle, self.cfg.mask_ratio, self.whole)
+            return targets.semantic_guided(tokens[:, 1:], draws, self.cfg.mask_ratio, self.whole)
         if self.cfg.mask == "semantic_aware":
-            return targets.semantic_aware(self.mask_network.tokens(imgs, self.encoder.grid)[1], ids_shuffle)
-        return ids_shuffle
+            return targets.semantic_aware(self.mask_network.tokens(imgs, self.encoder.grid)[1], draws)
+        return draws
 
     @torch.no_grad()
     def targets(self, imgs, ids_shuffle):
@@ -399,10 +404,10 @@ class DeepMIM(nn.Module):
     def after_step(self, step, steps_per_epoch):
         self.whole.fill_((step / (steps_per_epoch * self.cfg.epochs)) ** 2)  # SemMAE's schedule, toward whole parts
 
-    def preview(self, imgs, ids_shuffle):
+    def preview(self, imgs, draws):
         """Panels for preview.png: title -> images (B, 3, H, W), or features (B, h, w, C)."""
         cfg, grid = self.cfg, self.encoder.grid
-        ids_shuffle = self.reorder(imgs, ids_shuffle)
+        ids_shuffle = self.shuffle(imgs, draws)
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]
         visible, true = (take(patchify(imgs, cfg.patch_size), ids) for ids in (ids_keep, ids_mask))
         target = self.targets(imgs, ids_shuffle)  # (1 or K, B, M, C)
@@ -427,7 +432,10 @@ class DeepMIM(nn.Module):
             panels |= {f"target, block {g}": show(x) for g, x in zip(self.taps, target)}
         elif cfg.target != "pixel":
             panels["target"] = show(target[0])
-        return panels | {f"block {g}": show(x) for g, x in zip(self.taps, pred)}
+        helped = cfg.target == "pixel" and cfg.norm_pix  # predictions have no mean and no deviation
+        if helped:
+            panels["true means"] = show(torch.zeros_like(pred[0]))
+        return panels | {f"block {g}" + "\n(true mean, std)" * helped: show(x) for g, x in zip(self.taps, pred)}
 
 
 def main():

@@ -8,7 +8,8 @@ Evaluate a pretrained encoder by fine-tuning, a linear probe, or nearest neighbo
     --eval             no training: accuracy of a fine-tuned model.pt on val/
 
 --init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm; which tensors are used,
-initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt.
+initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt; with
+--ema the average of its weights.
 
 One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
     imgs, labels = mix(imgs, labels)            # mixup or cutmix within the batch; labels become soft, (B, C)
@@ -20,16 +21,14 @@ One training step, `Classifier.forward`, for B images, N patches, width D, C cla
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
 block i is layer i + 1, head and fc_norm are layer depth + 1.
 
-Differs from MAE's code: RandAugment is torchvision's, two operations with probability 1/2 each, and magnitude 27 of 30
-for timm's 9 of 10; it adds Identity and lacks Invert, SolarizeAdd, and noise on the magnitude. The probe's crop retries
-for a fitting aspect ratio. Training from scratch has no EMA of the weights. Inputs are normalized with ImageNet's mean
-and deviation, also for timm's files trained with 0.5.
+Inputs are normalized with ImageNet's mean and deviation, also for timm's files trained with 0.5.
 
     python finetune.py --preset quick --init out/quick/encoder.pt                       # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 finetune.py --preset ddae --data IMAGENET --init out/encoder.pt --out_dir out/ft
     torchrun --nproc_per_node=8 finetune.py --preset linear --data IMAGENET --init out/encoder.pt --out_dir out/linear
     python finetune.py --eval --data IMAGENET --init out/ft/model.pt                    # needs val/ only
 """
+import copy
 import functools
 import math
 import re
@@ -43,12 +42,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 import common
-from analyze import choose, embed, knn_accuracy, read_center, read_each, sync_buffers
+from augment import Erase, FirstCrop, RandAugment
 from ddae import Block, ViT, init_weights
+from evaluate import choose, knn, read_center, read_each, sync_buffers
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class Config(common.RunConfig):
     smoothing: float = 0.1  # [MAE] label smoothing
     mixup: float = 0.8  # [MAE] alpha of mixup; 0: none
     cutmix: float = 1.0  # [MAE] alpha of cutmix, which alternates with mixup at random; 0: none
-    rand_augment: float = 27.0  # [MAE] magnitude of RandAugment, of 30; 0: none
+    rand_augment: float = 9.0  # [MAE] magnitude of RandAugment, of 10; 0: none
     erase: float = 0.25  # [MAE] probability of random erasing
     crop_min: float = 0.08  # [MAE] smallest area of the random crop, fraction of the image
+    ema: float = 0.0  # [MAE App. A.2] decay of the average of the weights; 0: none
     crop_pct: float = 0.0  # [MAE] center crop / resized shorter side; 0: as in --init, else 224/256, above 224 pixels 1
 
     def __post_init__(self):
@@ -88,13 +90,13 @@ class Config(common.RunConfig):
         assert self.init or self.mode == "scratch" and not self.eval, "--init is missing: encoder.pt, for instance"
         assert self.mode != "linear" or self.eval or not (self.mixup or self.cutmix or self.drop_path or self.last_k), \
             "--mode linear needs --preset linear, linear_boot, linear_boot_large, or quick_linear, and no --last_k"
-        for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "crop_pct"):
+        for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "ema", "crop_pct"):
             assert getattr(self, name) <= 1, f"--{name} must be at most 1"
-        assert self.rand_augment <= 30, "--rand_augment must be at most 30"
+        assert self.rand_augment <= 10, "--rand_augment must be at most 10"
 
 
 SCRATCH = dict(mode="scratch", epochs=300, warmup_epochs=20, batch_size=4096, base_lr=1e-4, weight_decay=0.3,
-               layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0)
+               layer_decay=1.0, adam_betas=(0.9, 0.95), min_lr=0.0, erase=0.0, ema=0.9999)
 LINEAR = dict(mode="linear", epochs=90, warmup_epochs=10, batch_size=16384, base_lr=0.1, min_lr=0.0, weight_decay=0.0,
               layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0, erase=0.0,
               pool="cls")
@@ -103,16 +105,21 @@ QUICK = dict(epochs=1, batch_size=64, base_lr=4e-3, rand_augment=0, erase=0.0, m
 PRESETS = {
     "mae": dict(),
     "mae_large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "mae_huge": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3),
     "ddae": dict(),  # states 8e-3 at batch 1024; at 4096, as in CAE, this is MAE's rate
     "ddae_small": dict(base_lr=1e-3, layer_decay=0.75),  # 1.6e-2 at 4096
+    "ddae_beit": dict(base_lr=1e-3, warmup_epochs=20),  # 4e-3 at 1024 as in BEiT, whose protocol DDAE names
     "ddae_literal": dict(base_lr=2e-3),  # 8e-3 at 1024
     "deepmim": dict(base_lr=5e-5),  # 2e-4 at 1024, not a base rate: its log for CLIP, below, peaks at the stated 4e-4
     "deepmim_clip": dict(base_lr=1e-4),
-    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs; its code has 0.6 for CLIP and 1600
+    "deepmim_800": dict(base_lr=5e-5, layer_decay=0.6),  # after 800 epochs
+    "deepmim_code": dict(base_lr=1e-4, layer_decay=0.6),  # its command, for CLIP after 1600 epochs
     "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "scratch": SCRATCH,
+    "scratch_large": SCRATCH | dict(epochs=200, drop_path=0.2),
     "linear": LINEAR,
+    "linear_large": LINEAR | dict(epochs=50),
     "linear_boot": LINEAR | dict(pool="mean", layer=10),  # [code: BootMAE]
     "linear_boot_large": LINEAR | dict(epochs=50, base_lr=0.07, pool="mean", layer=18),
     "quick": QUICK | dict(layer_decay=0.9, out_dir="out/quick_finetune"),
@@ -125,31 +132,16 @@ PRESETS = {
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-class Erase(nn.Module):
-    """Random erasing of uint8 images. Noise as in MAE, of deviation 1 after normalization, but clipped to 0 and 255."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.erase = v2.RandomErasing(p, value="random")
-
-    def forward(self, img):  # (3, H, W)
-        mean, std = common.mean_std(img.device)
-        x = (img.float() / 255 - mean) / std
-        erased = self.erase(x)
-        if erased is x:
-            return img
-        return ((erased * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 class Samples(common.Samples):
     """Augmented crops uint8 (3, S, S) with their labels."""
 
     def __init__(self, source, cfg):
         super().__init__(source, cfg)
-        fill = [round(255 * m) for m in common.MEAN]
-        augment = v2.RandAugment(1, int(cfg.rand_augment), interpolation=InterpolationMode.BILINEAR, fill=fill)
-        twice = [v2.RandomApply([augment], 0.5)] * 2 if cfg.rand_augment else []
-        self.crop = v2.Compose([self.crop, *twice, *([Erase(cfg.erase)] if cfg.erase else [])])
+        if cfg.mode == "linear":
+            crop = FirstCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC)
+            self.crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        augment = [RandAugment(cfg.rand_augment)] if cfg.rand_augment else []
+        self.crop = v2.Compose([self.crop, *augment, *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, item, rng):
         return self.crop(item[0]), item[1]
@@ -158,12 +150,13 @@ class Samples(common.Samples):
 # --- ViT files --------------------------------------------------------------------------------------------------------
 
 def read_weights(path):
-    """encoder.pt, model.pt, or a ViT of MAE or timm, bare or under "model" -> tensors by name, config ({} if none)."""
+    """A file with a ViT, written here, by MAE, or by timm -> tensors by name, flags of its run ({} if unknown)."""
     file = common.load(path)
     if not isinstance(file, dict) or not isinstance(file.get("model", file), dict):
         sys.exit(f"{path} holds no tensors by name")
     weights = {k.removeprefix("encoder."): v for k, v in file.get("model", file).items() if torch.is_tensor(v)}
-    return weights, file["config"] if isinstance(file.get("config"), dict) else {}
+    config = file.get("config", file.get("about"))  # last.pt has the latter
+    return weights, config if isinstance(config, dict) else {}
 
 
 def vit_sizes(weights, config, path):
@@ -246,21 +239,31 @@ class Classifier(ViT):
         nn.init.zeros_(self.head.bias)
         mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=num_classes)] if cfg.mixup else []
         mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=num_classes)] if cfg.cutmix else []
-        self.mix = v2.RandomChoice(mixes) if mixes else None
+        self.mixes = v2.RandomChoice(mixes) if mixes else None
+
+    @torch.compiler.disable  # every decision in it would break the graph
+    def mix(self, imgs, labels):
+        """Mixup or cutmix within the batch, by chance: labels (B,) -> (B, C)."""
+        return self.mixes(imgs, labels)
 
     def forward(self, imgs, labels):
         """imgs (B, 3, H, W), labels (B,) -> loss (), metrics: name -> tensor ()."""
-        if self.mix:
-            imgs, labels = self.mix(imgs, labels)  # labels (B, C)
+        if self.mixes:
+            imgs, labels = self.mix(imgs, labels)
         logits = self.logits(imgs)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.cfg.smoothing)
-        return loss, {} if self.mix else {"train_acc1": 100 * (logits.argmax(-1) == labels).float().mean()}
+        return loss, {} if self.mixes else {"train_acc1": 100 * (logits.argmax(-1) == labels).float().mean()}
 
     def logits(self, imgs):
         """imgs (B, 3, H, W) -> (B, C)."""
         tokens = super().forward(imgs)[-1]  # (B, 1 + N, D)
         x = self.fc_norm(tokens[:, 1:].mean(1)) if self.cfg.pool == "mean" else self.norm(tokens)[:, 0]  # (B, D)
         return self.head(self.bn(x))
+
+    def after_step(self, step, steps_per_epoch):
+        if self.cfg.ema:
+            average = list(self.exported.parameters())
+            get_ema_multi_avg_fn(self.cfg.ema)(average, list(self.parameters())[:len(average)], None)
 
 
 def build(cfg, weights, num_classes):
@@ -280,6 +283,8 @@ def build(cfg, weights, num_classes):
         frozen = nn.ModuleList((model.patch_embed, *model.blocks[:-cfg.last_k]))
         for p in (model.cls_token, model.pos_embed, *frozen.parameters()):
             p.requires_grad_(False)
+    if cfg.ema:
+        model.exported = copy.deepcopy(model).requires_grad_(False)  # the average; its parameters come after the others
     return model
 
 
@@ -291,6 +296,9 @@ def layer_groups(model, prefix, depth, layer_decay, weight_decay, skip=("cls_tok
     In the ViT whose names begin with `prefix`, embeddings are layer 0 and block i is layer i + 1; all else is layer
     depth + 1. No weight decay on vectors and on names that end in one of `skip`. Frozen parameters are left out.
     """
+    if depth > 12 and layer_decay < 0.75:
+        common.print0(f"warning: --layer_decay {layer_decay:g}, and likely learning rate and drop path, are for ViT-B; "
+                      "presets for larger encoders end in _large or _huge")
     groups = {}
     for name, p in model.named_parameters():
         layer = depth + 1
@@ -343,11 +351,12 @@ def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None)
 
     keep: bool (C,), the classes that may be answered; None: all.
     """
-    source = source or common.open_data(cfg, "val")
+    model, source = getattr(model, "exported", model), source or common.open_data(cfg, "val")
     sync_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, images
-    for items in read_each(functools.partial(read_center, source, cfg), source, range(len(source)), cfg):
-        imgs, labels = common.to_device(*default_collate(items)[:2], device)
+    read = functools.partial(read_center, source, cfg)
+    for imgs, labels, _ in read_each(read, source, range(len(source)), cfg, collate=default_collate):
+        imgs, labels = common.to_device(imgs, labels, device)
         with autocast:
             logits = model.logits(imgs).float()  # (B, C)
         if not logits.isfinite().all():
@@ -381,9 +390,8 @@ def main():
         vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
         common.load_weights(vit, weights, cfg.init)
         cfg = replace(cfg, crop_pct=1.0)
-        bank = embed(vit.to(device), train, choose(len(train), cfg.eval_images), cfg, device, autocast)
-        queries = embed(vit, val, range(len(val)), cfg, device, autocast)
-        metrics = dict(knn=knn_accuracy(*bank, *queries), val_images=len(queries[0]), train_images=len(bank[0]))
+        sets = (train, choose(len(train), cfg.eval_images)), (val, range(len(val)))
+        metrics = knn(vit.to(device), cfg, device, autocast, *sets)
     else:
         torch.manual_seed(cfg.seed)
         model = build(cfg, weights, len(classes))
@@ -391,8 +399,6 @@ def main():
             return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast)
     common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
-    if common.WORLD > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

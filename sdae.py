@@ -169,14 +169,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, T, D)
-        x = x + self.drop(self.attend(self.norm1(x)))
+    def forward(self, x, first=0):
+        """(B, T, D) -> outputs of the tokens from `first` on; they attend to all."""
+        x = x[:, first:] + self.drop(self.attend(self.norm1(x), first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-    def attend(self, x):
-        B, T, D = x.shape
-        q, k, v = self.attn.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+    def attend(self, x, first):
+        q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
         if not self.training or not self.drop_path:
@@ -237,9 +238,10 @@ class Decoder(nn.Module):
         x = self.decoder_embed(latent)  # (K, B, 1 + V, Dd)
         masked = (self.mask_token + pos[:, V:]).expand(K, -1, -1, -1)  # (K, B, M, Dd)
         x = torch.cat((x[:, :, :1], x[:, :, 1:] + pos[:, :V], masked), 2).flatten(0, 1)  # (K*B, 1 + N, Dd)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1 + V:])).unflatten(0, (K, B))
+        x = self.decoder_blocks[-1](x, first=1 + V)  # (K*B, M, Dd)
+        return self.decoder_pred(self.decoder_norm(x)).unflatten(0, (K, B))
 
 # --- end of the shared part -------------------------------------------------------------------------------------------
 

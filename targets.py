@@ -32,21 +32,20 @@ HOG_DIM = 3 * 9 * 2 * 2
 
 # --- masks ------------------------------------------------------------------------------------------------------------
 
-def semantic_guided(tokens, ids_shuffle, ratio, whole, k=6):
+def semantic_guided(tokens, noise, ratio, whole, k=6):
     """SemMAE's masks: first a fraction of each part, later whole parts. [DeepMIM Table 12; SemMAE Sec. 3.3 and code]
 
-    tokens (B, N, D) of a pretrained network, ids_shuffle (B, N), whole () in [0, 1]: weight of the later kind
+    tokens (B, N, D) of a pretrained network, noise (B, 2, N) uniform, whole () in [0, 1]: weight of the later kind
     -> ids_shuffle (B, N), visible first. Parts are k-means clusters of tokens; SemMAE trains a part network.
     """
-    part = kmeans(tokens, ids_shuffle[:, :k])  # (B, N)
+    part = kmeans(tokens, noise[:, 0].topk(k).indices)  # (B, N), numbered in random order
+    ids_shuffle = noise[:, 1].argsort(1)
     size = F.one_hot(part, k).float().sum(1)  # (B, k)
     some = (size * ratio).round()
-    order = ids_shuffle[:, :k].argsort(1)  # k different numbers in random order: a random order of the parts
-    before = size.gather(1, order).cumsum(1).gather(1, order.argsort(1)) - size  # patches in parts that come first
-    entire = (part.shape[1] * ratio - before).clamp(min=0).minimum(size)
+    entire = (part.shape[1] * ratio - size.cumsum(1) + size).clamp(min=0).minimum(size)  # one part after the other
     quota = ((1 - whole) * some + whole * entire).round()  # (B, k) patches to mask in each part
     shuffled = F.one_hot(part.gather(1, ids_shuffle), k).float()  # (B, N, k)
-    rank = (shuffled.cumsum(1) * shuffled).sum(-1)  # of each patch in its part, from 1, in the random order
+    rank = (shuffled.cumsum(1) * shuffled).sum(-1)  # of each patch in its part, from 1, in random order
     masked = rank <= (shuffled * quota.unsqueeze(1)).sum(-1)
     # The cut after num_keep patches fixes the count; where quotas miss it, the random order decides.
     return ids_shuffle.gather(1, masked.int().argsort(dim=1, stable=True))
@@ -63,14 +62,13 @@ def kmeans(tokens, first, iterations=10):
     return (tokens @ centers.transpose(1, 2)).argmax(-1)
 
 
-def semantic_aware(attention, ids_shuffle):
+def semantic_aware(attention, noise):
     """MILAN's masks: the more [CLS] attends to a patch, the likelier it is visible. [DeepMIM Table 12; MILAN Sec. 3.3]
 
-    attention (B, N) -> ids_shuffle (B, N), drawn without replacement in proportion to attention: sorting exponential
-    variables divided by their rates does that. Ranks in the random order give evenly spaced uniform numbers.
+    attention (B, N), noise (B, 2, N) uniform -> ids_shuffle (B, N), drawn without replacement in proportion to
+    attention: sorting exponential variables divided by their rates does that.
     """
-    uniform = (ids_shuffle.argsort(1) + 0.5) / ids_shuffle.shape[1]
-    return (-uniform.log() / (attention + 1e-8)).argsort(1)
+    return (-noise[:, 0].log() / (attention + 1e-8)).argsort(1)
 
 
 # --- HOG --------------------------------------------------------------------------------------------------------------

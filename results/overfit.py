@@ -22,7 +22,7 @@ import common  # noqa: E402
 
 SEGMENT = "transfer.segment --img_size 128 --patch_size 8 --embed_dim 64 --depth 4 --num_heads 2 --channels 48 " \
     "--drop_path 0 --scale 1 1 --no-distort --iterations 500 --warmup 20 --batch_size 8 --lr 4e-3 --layer_decay 1 " \
-    "--eval_every 50 --log_every 50 --save_every 500"
+    "--eval_every 50 --log_every 50 --save_every 500 --no-rel_pos_bias"
 DETECT = "transfer.detect --img_size 192 --scale 1 1 --patch_size 16 --embed_dim 64 --depth 4 --num_heads 2 " \
     "--table 12 12 --drop_path 0 --channels 64 --regions 64 --proposals 300 200 --batch_size 4 --epochs 240 " \
     "--drops 200 --warmup 20 --lr 2e-3 --layer_decay 1 --box_head 2fc --box_loss l1 --eval_every 40 --log_every 40 " \

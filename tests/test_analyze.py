@@ -1,14 +1,25 @@
-"""Measurements and pictures of analyze.py against loops and single pixels."""
+"""Measurements and pictures of evaluate.py and analyze.py against loops, golden values, and single pixels."""
+import json
+import sys
+from itertools import permutations
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, TINY, Run
 from matplotlib.image import imread
-from test_finetune import HERE, VIT, center, encoder, images, launch  # noqa: F401, fixtures
+from scipy.ndimage import distance_transform_edt
+from test_finetune import HERE, VIT, center, encoder, images, noisy, run, save  # noqa: F401, fixtures
 
 import analyze
 import common
 import ddae
+import deepmim
+import evaluate
+import sdae
 
 
 def knn_by_loop(train, val):
@@ -27,11 +38,12 @@ def feature(vit, x):
 @torch.no_grad()
 def test_knn_of_two_processes_equals_a_loop(images, encoder):
     x, y = F.normalize(torch.randn(240, 3)), torch.randint(3, (240,))
-    assert analyze.knn_accuracy(x[:140], y[:140], x[140:], y[140:]) == pytest.approx(
+    assert evaluate.knn_accuracy(x[:140], y[:140], x[140:], y[140:]) == pytest.approx(
         knn_by_loop(list(zip(x[:140], y[:140])), list(zip(x[140:], y[140:]))))
     broken = sorted((images / "train" / "bee").iterdir())[0]
     broken.write_text("no image")
-    out = launch(f"--mode knn --data {images} --init {encoder} --device cpu --num_workers 1 --max_bad 0.05")
+    flags = f"--mode knn --data {images} --init {encoder} --device cpu --num_workers 1 --max_bad 0.05"
+    out = Run(flags, 2, path=ROOT / "finetune.py").output()
     broken.unlink()
     vit = ddae.ViT(**VIT).eval()
     vit.load_state_dict(common.load(encoder)["model"])
@@ -49,9 +61,9 @@ def test_evaluation_during_pretraining(images):
         cfg = common.parse(ddae.Config, ddae.PRESETS, argv=flags.split())
         torch.manual_seed(3)
         model, samples = ddae.DDAE(cfg).eval(), common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
-        found.append(analyze.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
+        found.append(evaluate.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
     samples.source.classes = [""]  # unlabeled
-    found.append(analyze.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
+    found.append(evaluate.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
     assert found[0] == found[1] == found[2] | dict(knn=found[0]["knn"]) and "knn" not in found[2]
     val, ids = common.open_data(cfg, "val"), np.random.default_rng(0).permutation(13)[:7].tolist()
     picked = [(center(val[i][0], 16, 1), val[i][1]) for i in ids]
@@ -66,7 +78,7 @@ def test_panels_are_images_maps_and_features_in_common_colors(tmp_path):
     colors, features = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 5)
     features[:, :2] = torch.randn(2, 2, 4, 5)
     panels = dict(image=colors, map=torch.arange(32.0).view(2, 4, 4), target=features, prediction=features.clone())
-    analyze.draw_panels(panels, tmp_path / "preview.png")
+    evaluate.draw_panels(panels, tmp_path / "preview.png")
     picture = imread(tmp_path / "preview.png")[..., :3]
     H, W = picture.shape[:2]
     columns = [picture[:, W * i // 4:W * (i + 1) // 4] for i in range(4)]
@@ -74,3 +86,156 @@ def test_panels_are_images_maps_and_features_in_common_colors(tmp_path):
     assert (columns[2] == 1).all(-1).mean() > 0.4  # zeros stay blank
     want = (colors[0, :, 0, 0].numpy() * common.STD + common.MEAN).clip(0, 1)
     assert np.abs(columns[0] - want).max(-1).min() < 0.02  # the color of the first pixel is there
+
+
+# --- analyze.py -------------------------------------------------------------------------------------------------------
+
+def distances(A, side, p):
+    """Attention (T, T) of one head on a side x side grid of p pixels -> mean distance, rescaled and as it is."""
+    vit = SimpleNamespace(patch_size=p, grid=(side, side))
+    return analyze.attention_distance(A[None, None], vit).flatten().tolist()
+
+
+def test_attention_distance_golden_values():
+    for side, p, pixels in ((14, 16, 116.492), (8, 4, 16.546)):
+        A = torch.full((1 + side ** 2,) * 2, 0.4 / side ** 2)
+        A[:, 0] = 0.6  # [CLS]
+        assert distances(A, side, p) == pytest.approx([pixels, 0.4 * pixels], abs=1e-3)
+        assert distances(torch.eye(1 + side ** 2), side, p) == [0, 0]
+    A = torch.zeros(5, 5)
+    A[:, 4] = 1  # all look at the lower right corner of 2 x 2 patches
+    assert distances(A, 2, 10) == pytest.approx([10 * (2 ** 0.5 + 1 + 1) / 4] * 2)
+
+
+def test_head_similarity_of_identical_disjoint_and_random_heads():
+    A = torch.rand(2, 3, 5, 5).softmax(-1)
+    assert analyze.head_similarity(A[:, :1].expand(2, 3, 5, 5), None).numpy() == pytest.approx(1)
+    assert analyze.head_similarity(torch.eye(3)[None, :, None].expand(1, 3, 3, 3), None).eq(0).all()
+    want = [[np.mean([F.cosine_similarity(A[b, h, i], A[b, g, i], dim=0) for g in {0, 1, 2} - {h} for i in range(5)])
+             for h in range(3)] for b in range(2)]
+    assert analyze.head_similarity(A, None)[0].numpy() == pytest.approx(np.array(want), rel=1e-5)
+
+
+def gram(*features):
+    return torch.stack([x.double() @ x.double().T for x in features])
+
+
+def test_cka_is_unbiased_and_invariant():
+    K, L = gram(torch.randn(6, 3), torch.randn(6, 4))  # HSIC by its definition: a mean over quadruples of images
+    terms = [K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q]) for i, j, q, r in permutations(range(6), 4)]
+    assert analyze.hsic(K[None], L[None]).item() == pytest.approx((sum(terms) / len(terms)).item())
+    rotation = torch.linalg.qr(torch.randn(20, 20))[0]
+    batches = [gram(x, 3 * x @ rotation + 5) for x in (torch.randn(12, 20), torch.randn(9, 20))]
+    assert analyze.cka_from(batches).numpy() == pytest.approx(1, abs=1e-5)
+    torch.manual_seed(0)
+    found = [analyze.cka_from([gram(*torch.randn(2, 16, 300)) for _ in range(2)])[0, 1].item() for _ in range(400)]
+    assert abs(np.mean(found)) < 2 * np.std(found) / 400 ** 0.5 < 0.01  # independent features; the biased CKA is 0.95
+
+
+@torch.no_grad()
+def test_captured_attention_is_that_of_the_fused_kernel():
+    """It equals a softmax written out, and gives the block's output when values are mixed by it."""
+    vit, imgs = noisy(ddae.ViT(**VIT)), torch.randn(2, 3, 16, 16)
+    outputs, found = vit(imgs), list(analyze.attention(vit, imgs))
+    assert len(found) == 3 and not vit.blocks[0].attn.qkv._forward_hooks
+    for block, A, x, output in zip(vit.blocks[1:], found[1:], outputs, outputs[1:]):
+        q, k, v = (block.norm1(x) @ block.attn.qkv.weight.T + block.attn.qkv.bias).chunk(3, -1)
+        mixed = []
+        for h, d in enumerate((slice(0, 8), slice(8, 16))):
+            e = (q[..., d] @ k[..., d].mT / 8 ** 0.5).exp()
+            assert A[:, h].numpy() == pytest.approx((e / e.sum(-1, keepdim=True)).numpy(), abs=1e-5)
+            mixed.append(A[:, h] @ v[..., d])
+        x = x + block.attn.proj(torch.cat(mixed, -1))
+        assert (x + block.mlp(block.norm2(x))).numpy() == pytest.approx(output.numpy(), abs=1e-4)
+
+
+@pytest.fixture
+def draw(run, tmp_path):  # noqa: F811
+    def draw(figure, flags):
+        """-> the numbers of a figure, and the bytes of its picture."""
+        path = tmp_path / "figures" / f"{figure}.png"
+        run(f"{figure} {flags} {HERE} --out {path}", analyze)
+        assert imread(path).std() > 0.01
+        return json.loads(path.with_suffix(".json").read_text()), path.read_bytes()
+    return draw
+
+
+@torch.no_grad()
+def test_figures_of_encoders(draw, images, encoder, tmp_path):  # noqa: F811
+    """Ours, timm's, and one of a single block in one figure; one image, another grid, bf16; always the same."""
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    one = save(tmp_path / "one.pt", noisy(ddae.ViT(**VIT | dict(depth=1))).state_dict(), **VIT)
+    photo, found = sorted((images / "val" / "bee").iterdir())[0], {}
+    for figure in ("attention-distance", "attention-map", "cka"):
+        flags = f"{figure} --data {images} --init {encoder} {one} {tmp_path / 'timm.pth'}".split(" ", 1)
+        found[figure] = draw(*flags)
+        assert found[figure] == draw(*flags)
+    for figure in ("attention-distance", "attention-map", "head-similarity"):
+        assert draw(figure, f"--init {one} --image {photo} --img_size 24 --precision bf16")[0].keys() == {"one"}
+    assert found["attention-distance"][0].keys() == found["attention-map"][0].keys() == {"e", "one", "timm"}
+    cka = {pair: np.array(x) for pair, x in found["cka"][0].items()}
+    assert cka["e, timm"].shape == (3, 2) and cka["e, one"] == pytest.approx(cka["one, e"].T)
+    assert np.diag(cka["e, e"]) == pytest.approx(1) and cka["one, one"] == pytest.approx(1)
+
+    vit, val, ids = ddae.ViT(**VIT).eval(), common.Folder(images / "val"), np.random.default_rng(0).permutation(13)[:3]
+    vit.load_state_dict(common.load(encoder)["model"])
+    of = [[*analyze.attention(vit, center(val[i][0], 16, 1))] for i in ids]
+    want = np.mean([[analyze.head_similarity(A, vit)[0, 0] for A in blocks] for blocks in of], 0)  # (L, heads)
+    found = draw("head-similarity", f"--init {encoder} --data {images} --images 3")[0]["e"]
+    assert np.array([*found.values()][0]) == pytest.approx(want, abs=2e-3)
+    found = draw("attention-map", f"--init {encoder} --data {images} --images 3 --block 2")[0]["e"]
+    assert np.reshape(found, (3, 2, 16)) == pytest.approx(torch.cat([A[1][:, :, 0, 1:] for A in of]).numpy(), abs=2e-3)
+
+
+def test_mask_numbers_are_those_of_scipy(draw):
+    found, cfg = draw("mask", "--ratios 0.75 0.9")[0], ddae.Config(mask="random", mask_ratio=0.9)
+    assert found["block 0.75"] == pytest.approx(2.83, abs=0.1) and found["random 0.75"] == pytest.approx(1.24, abs=0.01)
+    masks = np.ones((200, 196))
+    for i, mask in enumerate(masks):
+        mask[ddae.draw_mask(np.random.default_rng(i), cfg)[:cfg.num_keep]] = 0
+    D = np.concatenate([distance_transform_edt(mask.reshape(14, 14)) for mask in masks])
+    assert found["random 0.9"] == pytest.approx(D[D > 0].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("Model, flags", [(ddae.DDAE, "--K 3"), (ddae.DDAE, "--preset mae --K 2"),
+                                          (deepmim.DeepMIM, "--taps 1 3"), (sdae.SdAE, "")])
+@torch.no_grad()
+def test_errors_of_a_reconstruction_are_the_losses(draw, images, tmp_path, Model, flags):  # noqa: F811
+    method = sys.modules[Model.__module__]
+    cfg = common.parse(method.Config, method.PRESETS, argv=f"--data {images} {TINY} --depth 3 {flags}".split())
+    model = noisy(Model(cfg)).eval()
+    if Model is sdae.SdAE:  # the figure centers predictions, the loss does not
+        model.decoder.decoder_pred.weight -= model.decoder.decoder_pred.weight.mean(0)
+        model.decoder.decoder_pred.bias -= model.decoder.decoder_pred.bias.mean()
+    torch.save(dict(model=model.state_dict(), about=common.describe(cfg, model, [])), tmp_path / "last.pt")
+    found = draw("reconstruction", f"--init {tmp_path / 'last.pt'} --data {images} --images 4")[0]
+    imgs = evaluate.read_images(analyze.Config(data=str(images), images=4, num_workers=0), 16, 0)
+    draws = torch.from_numpy(np.stack([method.draw_mask(np.random.default_rng((0, i)), cfg) for i in range(4)]))
+    loss, metrics = model(*common.to_device(imgs, draws, "cpu"))
+    want = [v.item() for name, v in metrics.items() if name.startswith("pixel/")] or [loss.item()]
+    assert [*found.values()] == pytest.approx(want, rel=1e-3)
+
+
+def test_curves_and_what_does_not_fit(draw, encoder, tmp_path):  # noqa: F811
+    lines = [{"epoch": s / 10, "pixel/2": 9, "pixel/10": 1 / s, "beta/2": -s, "beta/10": s} for s in range(1, 21)]
+    lines.append({"epoch": 2.0, "val_pixel/10": 7, "knn": 1})
+    log, flat, text = tmp_path / "log.jsonl", tmp_path / "flat.jsonl", tmp_path / "a.jpg"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flat.write_text(json.dumps({"epoch": 1.0, "loss": 2.0}) + "\n")
+    text.write_text("no image")
+    assert draw("beta", f"--init {log}")[0][tmp_path.name]["beta/10"] == [[s / 10, s] for s in range(1, 21)]
+    assert draw("loss", f"--init {log}")[0] == dict(
+        training={f"{tmp_path.name}, pixel/10": [[s / 10, 1 / s] for s in range(2, 21)]},
+        validation={f"{tmp_path.name}, val_pixel/10": [[2.0, 7]]})
+    assert draw("loss", f"--init {flat} --key loss")[0] == dict(training={"flat, loss": [[1.0, 2.0]]}, validation={})
+    for figure, flags, message in (
+            ("beta", f"--init {flat}", "flat.jsonl has no beta/"), ("loss", f"--init {encoder}", "is no log.jsonl"),
+            ("cka", f"--init {log}", "no checkpoint"), ("cka", f"--init {encoder} --images 3", "at least 4 images"),
+            ("cka", "", "--init"), ("cka", f"--init {encoder} --img_size 15", "--img_size 15"),
+            ("attention-map", f"--init {encoder} --block 4", "has 3 blocks"), ("attention", "", "attention-distance"),
+            ("reconstruction", f"--init {encoder}", "is no last.pt"), ("mask", "--ratios 1", "--mask_ratio"),
+            ("mask", f"--image {text}", "a.jpg: cannot identify")):
+        with pytest.raises(SystemExit, match=message):
+            draw(figure, flags)
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"beta.png", "beta.json", "loss.png", "loss.json"}

@@ -127,14 +127,14 @@ def test_kmeans_finds_clusters():
 
 def test_semantic_guided_masks_parts_as_the_loop_says():
     tokens, truth = clusters(8, 6, 0.02)
-    ids = torch.stack([torch.cat((torch.randperm(6), 6 + torch.randperm(58))) for _ in range(8)])
+    noise = torch.rand(8, 2, 64, generator=torch.manual_seed(0))
+    noise[:, 0, :6] += 1  # k-means starts in the six parts
     for whole in (0.0, 0.4, 1.0):
-        got = targets.semantic_guided(tokens, ids, 0.75, torch.tensor(whole))
-        for order, new, part in zip(ids.tolist(), got.tolist(), truth.tolist()):
+        got = targets.semantic_guided(tokens, noise, 0.75, torch.tensor(whole))
+        for (start, order), new, part in zip(noise.argsort(2).tolist(), got.tolist(), truth.tolist()):
             sizes = {p: part.count(p) for p in range(6)}
             left, entire = 48, {}
-            for n in sorted(range(6), key=lambda i: order[i]):  # cluster i starts from token order[i], of part order[i]
-                p = part[order[n]]
+            for p in reversed(start[-6:]):
                 entire[p] = min(sizes[p], left)
                 left -= entire[p]
             seen, masked = dict.fromkeys(range(6), 0), []
@@ -150,11 +150,19 @@ def test_semantic_guided_masks_parts_as_the_loop_says():
         assert model.state_dict()["whole"].item() == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("whole", [0.0, 0.5, 1.0])
+def test_semantic_guided_masks_all_positions_alike(whole):
+    g = torch.Generator().manual_seed(0)
+    tokens = F.interpolate(torch.randn(3000, 16, 4, 4, generator=g), (14, 14), mode="bicubic").flatten(2).mT  # smooth
+    ids = targets.semantic_guided(tokens, torch.rand(3000, 2, 196, generator=g), 0.75, torch.tensor(whole))
+    share = torch.zeros(3000, 196).scatter(1, ids[:, 49:], 1.0).view(3000, 14, 14).mean(0)
+    for line in (share.mean(0), share.mean(1)):
+        torch.testing.assert_close(line, torch.full((14,), 0.75), atol=0.03, rtol=0)
+
+
 def test_semantic_aware_keeps_what_cls_attends_to():
     p = torch.tensor([0.5, 0.25, 0.15, 0.1] + [0.0] * 192)
-    g = torch.Generator().manual_seed(0)
-    ids = torch.stack([torch.randperm(196, generator=g) for _ in range(8000)])
-    got = targets.semantic_aware(p.expand(8000, -1), ids)
+    got = targets.semantic_aware(p.expand(8000, -1), torch.rand(8000, 2, 196, generator=torch.manual_seed(0)))
     assert torch.equal(got.sort(1)[0], torch.arange(196).expand(8000, -1))
     first = torch.bincount(got[:, 0], minlength=196) / 8000
     torch.testing.assert_close(first, p, atol=0.02, rtol=0)
@@ -162,14 +170,14 @@ def test_semantic_aware_keeps_what_cls_attends_to():
 
 
 def test_masks_come_from_the_mask_network(files):
-    imgs, ids = batch()
+    (imgs, ids), noise = batch(), torch.rand(3, 2, 64)
     guided = make(mask="semantic_guided", mask_file=files["dino"])
     aware = make(mask="semantic_aware", mask_file=files["clip"])
     tokens, _ = targets.dino(files["dino"]).tokens(imgs, (8, 8))
-    assert torch.equal(guided.reorder(imgs, ids), targets.semantic_guided(tokens[:, 1:], ids, 0.75, torch.zeros(())))
+    assert torch.equal(guided.shuffle(imgs, noise), targets.semantic_guided(tokens[:, 1:], noise, 0.75, guided.whole))
     attention = targets.clip(files["clip"]).tokens(imgs, (8, 8))[1]
-    assert torch.equal(aware.reorder(imgs, ids), targets.semantic_aware(attention, ids))
-    assert torch.equal(make().reorder(imgs, ids), ids)
+    assert torch.equal(aware.shuffle(imgs, noise), targets.semantic_aware(attention, noise))
+    assert torch.equal(make().shuffle(imgs, ids), ids)
     with pytest.raises(ValueError, match="unknown mask cross"):
         deepmim.draw_mask(np.random.default_rng(0), dataclasses.replace(deepmim.Config(), mask="cross"))
 
@@ -327,10 +335,11 @@ def test_preview_of_perfect_predictions(target, monkeypatch):
     model, (imgs, ids) = make(target=target).eval(), batch()
     perfect = model.targets(imgs, ids).expand(4, -1, -1, -1)
     monkeypatch.setattr(model, "decode", lambda *_: perfect)
-    panels = model.preview(imgs, ids)
-    assert list(panels) == ["input", "masked"] + ["target"] * (target != "pixel") + [f"block {g}" for g in model.taps]
-    for g in model.taps:
-        torch.testing.assert_close(panels[f"block {g}"], panels.get("target", imgs), atol=1e-4, rtol=1e-4)
+    panels, help = model.preview(imgs, ids), "\n(true mean, std)" * (target == "pixel")
+    blocks = [f"block {g}{help}" for g in model.taps]
+    assert list(panels) == ["input", "masked", "true means" if help else "target", *blocks]
+    for block in blocks:
+        torch.testing.assert_close(panels[block], imgs if help else panels["target"], atol=1e-4, rtol=1e-4)
     visible = torch.zeros(3, 64, dtype=torch.bool).scatter(1, ids[:, :16], True).view(3, 8, 8)
     shown = F.max_pool2d((panels["masked"] - imgs).abs().amax(1), 4) == 0
     assert torch.equal(shown, visible) and (target == "pixel" or torch.equal(panels["target"].any(-1), ~visible))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageOps
 
@@ -35,9 +34,10 @@ def fit(cfg, method, saved):
             sizes = finetune.vit_sizes(weights, config, path)
             fields = {k: sizes[k] for k in SIZES}
     if not training:
-        fields["out_dir"] = str(Path(path).parent)
         if not classes:
             sys.exit(f"--init {path} is no {method} model; give a model.pt of this script")
+        if cfg.out_dir == type(cfg).out_dir:  # the default
+            fields["out_dir"] = str(Path(path).parent)
     try:
         return replace(cfg, **fields), weights, classes
     except AssertionError as error:  # __post_init__
@@ -70,6 +70,7 @@ def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, pr
     """
     cfg, weights, classes = fit(cfg, Model.__name__.lower(), saved)
     device, autocast = common.setup(cfg)
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     if not cfg.predict:
         val = open_data(cfg, "val")
         other = [f"{was}, now {now}" for was, now in itertools.zip_longest(classes, val.classes) if was != now]
@@ -89,8 +90,6 @@ def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, pr
     if cfg.eval:
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val)
         common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
-        if common.WORLD > 1:
-            dist.destroy_process_group()
         return
     train = open_data(cfg, "train")
     if list(train.classes) != list(val.classes):

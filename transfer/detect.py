@@ -12,26 +12,24 @@ The model, `MaskRCNN`. D width, C channels, K classes; strides are those of patc
     classes, boxes = box_head(RoIAlign(maps, proposals))                                  # (n, K + 1), (n, 4K + 4)
     masks = mask_head(RoIAlign(maps, boxes))                                              # (n, K + 1, 28, 28)
     loss = CE(anchors) + smooth L1(anchors) + CE(classes) + 10 GIoU(boxes) or L1(offsets) + BCE(masks of positives)
-The ViT and the pyramid may run in bf16. The heads never do: bf16 anchors are off by up to 4 pixels.
 
 Data: `--data FOLDER` in COCO's layout, {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json, with masks
-as polygons, RLE, or compressed RLE; or `shapes`, generated. Crowds are not trained on, and ignored in evaluation as
-pycocotools does. Images without instances are not trained on. APb and APm are pycocotools', in percent.
+as polygons or RLE; or `shapes`, generated. Crowds and images without instances are not trained on; evaluation ignores
+crowds as pycocotools does. APb and APm are pycocotools', in percent.
 
 Easy to get wrong, or different in torchvision:
-  - the strides that RoIAlign assumes are constants; torchvision infers them from the first batch, before padding
-  - mask targets are cut out of the true masks with aligned RoIAlign and stay soft, and masks are pasted by bilinear
-    sampling. True masks coded like this and back have 98.6 to 99.1 AP, with torchvision's coding 88 to 97. Trained with
-    the quick preset, the two are equal, APm 26.7 and 26.9; larger models were not compared
+  - masks are cropped and pasted by torchvision, half a pixel off: true masks coded like this and back have 88 AP, with
+    all aligned 99. Yet a model trained with the quick preset gains nothing by it: APm 26.7, and 26.9 as it is here
   - masks are resized by the pixel at each center; torchvision's nearest moves them half a pixel off image and boxes
-  - weight decay: ViTDet's on biases too, but not on the ViT's norms and position table; the other style's on all but
-    vectors, and its position table is frozen
+  - weight decay: style vitdet decays biases, but not the ViT's norms and position table; style taps all but vectors
   - images of a micro-batch are padded to one size, to which the position table is resized, so the micro-batch matters:
     presets of style taps take the published 2. Published samplers also paired images of like orientation
   - the RPN's box loss is torchvision's, quadratic below 1/9, where the published code has L1
 SdAE names CAE's setting, and DDAE SdAE's. So CAE's box head of four convolutions and its GIoU loss are the defaults,
 though no text states them; `--box_head 2fc --box_loss l1` is MMDetection's base. CAE's layer scale and random crops are
-left out. DeepMIM states only batch size, learning rates, and canvas; the rest is MAE's, whose setting it follows.
+left out. DeepMIM states only batch size, learning rates, and canvas; the rest is MAE's, whose setting it follows. Its
+"MAE 50.3" APb is of four taps with windows and an FPN (Benchmarking Detection Transfer Learning with Vision
+Transformers), while style vitdet is ViTDet, which reaches 51.6 APb and 45.9 APm with the same weights.
 
     python -m transfer.detect --preset quick --init out/quick/encoder.pt           # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 -m transfer.detect --preset ddae --data COCO --init out/ddae/encoder.pt
@@ -54,14 +52,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.font_manager import findfont
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.checkpoint import checkpoint
 from torchvision import ops, tv_tensors
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.detection import anchor_utils, faster_rcnn, mask_rcnn, roi_heads, rpn, transform
+from torchvision.models.detection import _utils, anchor_utils, faster_rcnn, mask_rcnn, roi_heads, rpn, transform
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -89,7 +87,6 @@ class Config(common.RunConfig):
     table: tuple[int, ...] = (42, 68)  # [code: CAE] rows and columns of the position table; --init's is resized to it
     window: int = 14  # [code: ViTDet] vitdet: side of the windows, in patches
     drop_path: float = 0.2  # [code: CAE] largest fraction of samples that skip a branch, in the last block
-    checkpointing: bool = False  # [code: CAE] recompute blocks in the backward pass: less memory, more time
     channels: int = 256  # [Mask R-CNN] width of pyramid and heads; fully connected layers are four times as wide
     box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"  # [code: CAE, ViTDet] layers between a region, its class, its box
     box_loss: Literal["giou", "l1"] = "giou"  # [code: CAE] 10 GIoU of decoded boxes, or L1 of offsets
@@ -109,15 +106,13 @@ class Config(common.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        assert self.drop_path < 1, f"--drop_path must be below 1, got {self.drop_path}"
         assert len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "--scale takes low and high"
         assert len(self.table) == len(self.proposals) == 2 and min(self.table + self.proposals) > 0, \
             "--table and --proposals take two positive numbers each"
-        p, D, heads = self.patch_size or 4, self.embed_dim, self.num_heads or 1
+        p = self.patch_size or 4
         assert p % 4 == 0, f"patches of {p} pixels are not divisible by 4, so the finest map would have no whole stride"
         assert self.style == "taps" or self.img_size % (4 * p) == 0, \
             f"--img_size {self.img_size} is not divisible by {4 * p}, the coarsest stride with patches of {p} pixels"
-        assert D % 4 == D % heads == 0, f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}"
 
 
 VITDET = dict(style="vitdet", img_size=1024, scale=(0.1, 2.0), table=(14, 14), box_loss="l1", proposals=(2000, 1000),
@@ -127,6 +122,8 @@ PRESETS = {
     "sdae": dict(micro_batch=2),
     "deepmim": dict(VITDET, batch_size=16),
     "mae": dict(VITDET, batch_size=64, layer_decay=0.7),
+    "mae_large": dict(VITDET, batch_size=64, layer_decay=0.8, drop_path=0.4),  # for ViT-L; mae_huge: ViT-H/16
+    "mae_huge": dict(VITDET, batch_size=64, layer_decay=0.9, drop_path=0.5, epochs=75, drops=(66.667, 72.222)),
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, table=(16, 16), drop_path=0.0,
                   channels=32, box_head="2fc", box_loss="l1", proposals=(200, 200), regions=32, epochs=1, drops=(0.2,),
                   warmup=20, batch_size=8, lr=2e-3, layer_decay=0.9, max_steps=300, eval_every=0.24, eval_images=100,
@@ -135,29 +132,26 @@ PRESETS = {
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
-# source[i] -> PIL image, record: its line in the JSON file with its annotations, their masks as compressed RLE.
-# source.ids: category ids of the labels 1 to K.
 
 class Coco:
-    """COCO's folder layout. Annotations without a usable box or mask are left out."""
+    """COCO's folder layout: [i] -> PIL image, its entry in the JSON file, which holds its annotations."""
 
     def __init__(self, root, split):
         path = root / "annotations" / f"instances_{split}2017.json"
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 coco = COCO(path)
-            self.ids = sorted(coco.cats)
+            self.ids = sorted(coco.cats)  # of the labels 1 to K
             self.classes = [f"{i} {coco.cats[i]['name']}" for i in self.ids]  # with ids, so that resuming compares them
             records = [{k: image[k] for k in ("id", "file_name", "height", "width")} for image in coco.imgs.values()]
             for record in records:
-                annotations = [usable(a, record, self.ids) for a in coco.imgToAnns[record["id"]]]
+                annotations = (usable(a, record, self.ids) for a in coco.imgToAnns[record["id"]])
                 record["annotations"] = [a for a in annotations if a]
         except Exception as error:  # wrong types raise nearly anything
             sys.exit(f"--data {path.absolute()}: missing or no COCO instances: {type(error).__name__}: {error}")
-        total, kept = len(coco.dataset.get("annotations", [])), sum(len(r["annotations"]) for r in records)
-        if kept < total:
-            common.print0(f"warning: {total - kept} of {total} annotations in {path} are left out: no usable box or "
-                          "mask, or an unknown category or image")
+        total = len(coco.dataset.get("annotations", []))
+        if left_out := total - sum(len(r["annotations"]) for r in records):
+            common.print0(f"warning: {left_out} of {total} annotations in {path} are left out: bad box, mask, or ids")
         if split == "train":
             records = [r for r in records if not all(a["iscrowd"] for a in r["annotations"])]
         if not any(r["annotations"] for r in records):
@@ -183,7 +177,7 @@ class Stars(Shapes):
         image, masks, labels = self.scene(i)
         annotations = [dict(image_id=i, category_id=self.ids[label], bbox=rle.toBbox(code).tolist(), iscrowd=0,
                             area=float(rle.area(code)), segmentation=code)
-                       for code, label in zip(encode(masks), labels) if rle.area(code)]
+                       for code, label in zip(map(encode, masks), labels) if rle.area(code)]
         return Image.fromarray(image), dict(id=i, height=self.size, width=self.size, annotations=annotations)
 
 
@@ -193,68 +187,52 @@ def open_scenes(cfg, split):
 
 
 def usable(annotation, record, ids):
-    """Entry of the JSON file -> the same with its mask as compressed RLE; None for a wrong category, box, or mask."""
+    """Annotation with its mask as compressed RLE; None if its category is unknown or its box or mask not usable."""
     try:
-        ids.index(annotation["category_id"])
+        mask, H, W = annotation["segmentation"], record["height"], record["width"]
+        if isinstance(mask, list):
+            polygons = [p for p in mask if len(p) >= 6]  # to pycocotools, four numbers are a box
+            good = np.abs(np.concatenate(polygons)).max() < 4 * max(H, W)  # else pycocotools runs out of memory
+            code = rle.merge(rle.frPyObjects(polygons, H, W)) if good else None
+        else:
+            code = rle.frPyObjects(mask, H, W) if isinstance(mask["counts"], list) else mask
+            good = code["size"] == [H, W] and fills(code["counts"], H * W)
         x, y, width, height = map(float, annotation["bbox"])
-        code = to_rle(annotation["segmentation"], record["height"], record["width"])
-        area = annotation.get("area") or float(rle.area(code))
-        good = width > 0 and height > 0 and math.isfinite(x + y + width + height)
-        return dict(annotation, segmentation=code, area=area, iscrowd=annotation.get("iscrowd", 0)) if good else None
+        good = good and width > 0 and height > 0 and math.isfinite(x + y + width + height)
+        if good and annotation["category_id"] in ids:
+            area, crowd = annotation.get("area") or float(rle.area(code)), annotation.get("iscrowd", 0)
+            return dict(annotation, segmentation=code, area=area, iscrowd=crowd)
     except Exception:  # wrong types raise nearly anything
-        return None
+        pass
+    return None
 
 
-def to_rle(segmentation, H, W):
-    """Polygons, RLE, or compressed RLE -> compressed RLE as in JSON. Raises if it is no mask of H x W pixels."""
-    if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if len(p) >= 6]  # three corners; pycocotools takes four numbers for a box
-        if not np.abs(np.concatenate(polygons)).max() < 4 * max(H, W):
-            raise ValueError("a corner far outside the image")  # pycocotools walks there, and runs out of memory
-        code = rle.merge(rle.frPyObjects(polygons, H, W))
-    else:
-        plain = isinstance(segmentation["counts"], list)
-        runs = segmentation["counts"] if plain else run_lengths(segmentation["counts"])
-        if list(segmentation["size"]) != [H, W] or min(runs) < 0 or sum(runs) != H * W:
-            raise ValueError("the runs do not fill the image")  # pycocotools would decode uninitialized memory
-        code = rle.frPyObjects(segmentation, H, W) if plain else segmentation
-    counts = code["counts"]
-    return dict(size=[H, W], counts=counts if isinstance(counts, str) else counts.decode())
+def fills(counts, pixels):
+    """Whether the runs of a compressed RLE sum to `pixels`. Otherwise, pycocotools decodes uninitialized memory."""
+    if ord(counts[-1:]) >= 80:  # ends within a number: pycocotools would read on
+        return False
+    rle.decode(dict(size=[pixels, 1], counts=counts))  # raises ValueError if they are longer
+    try:
+        rle.decode(dict(size=[pixels - 1, 1], counts=counts))
+    except ValueError:
+        return True
+    return False
 
 
-def run_lengths(counts):
-    """Counts of a compressed RLE -> run lengths. [code: pycocotools, rleFrString]
-
-    5 bits per character, the lowest first, and a sixth if more follow; from the fourth on, differences from two before.
-    """
-    runs, value, shift = [], 0, 0
-    for byte in counts.encode():
-        bits = byte - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits >> 4 & 1) << shift  # the sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return [-1] if shift else runs  # -1: cut off within a number
-
-
-def encode(masks):
-    """bool (n, H, W) -> list of compressed RLE."""
-    codes = rle.encode(np.asfortranarray(np.asarray(masks, np.uint8).transpose(1, 2, 0)))
-    return [dict(code, counts=code["counts"].decode()) for code in codes]
+def encode(mask):
+    """bool (H, W) -> compressed RLE."""
+    code = rle.encode(np.asfortranarray(mask, np.uint8))
+    return dict(code, counts=code["counts"].decode())
 
 
 def instances(record, ids):
     """Record -> what is trained on, no crowds: boxes xyxy (n, 4), masks uint8 (n, H, W), labels (n,) from 1."""
     things, size = [a for a in record["annotations"] if not a["iscrowd"]], (record["height"], record["width"])
-    boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32).view(-1, 4)
+    boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32)
     boxes[:, 2:] += boxes[:, :2]
-    masks = np.zeros((len(things), *size), np.uint8)
-    for mask, a in zip(masks, things):
-        mask[:] = rle.decode(a["segmentation"])
+    masks = rle.decode([a["segmentation"] for a in things]).transpose(2, 0, 1)
     return dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size), masks=tv_tensors.Mask(masks),
-                labels=torch.tensor([ids.index(a["category_id"]) + 1 for a in things], dtype=torch.int64))
+                labels=torch.tensor([ids.index(a["category_id"]) + 1 for a in things]))
 
 
 class Scenes(common.Samples):
@@ -267,9 +245,7 @@ class Scenes(common.Samples):
             sides = list(range(round(S * low), round(S * high) + 1, max(1, S // 25)))
             self.resize = v2.RandomShortestSize(sides, S * 5 // 3, antialias=False)
         else:
-            self.resize = v2.ScaleJitter((S, S), (low, high), antialias=False)
-        self.flip = v2.RandomHorizontalFlip()
-        self.tidy = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+            self.resize = v2.ScaleJitter((S, S), (low, high))  # antialiased, like Pillow in detectron2
 
     def read(self, index):
         """-> image uint8 (3, H, W), record."""
@@ -285,16 +261,15 @@ class Scenes(common.Samples):
         masks = target.pop("masks").as_subclass(torch.Tensor)
         img, target = self.resize(img, target)
         masks = v2.functional.resize(masks, list(img.shape[1:]), InterpolationMode.NEAREST_EXACT)
-        img, target = self.flip(img, dict(target, masks=tv_tensors.Mask(masks)))
+        img, target = v2.RandomHorizontalFlip()(img, dict(target, masks=tv_tensors.Mask(masks)))
         if self.cfg.style == "vitdet":
-            (H, W), S = img.shape[1:], self.cfg.img_size
-            top, left = rng.integers(max(H - S, 0) + 1), rng.integers(max(W - S, 0) + 1)
-            img, masks = img[:, top:top + S, left:left + S], target["masks"][:, top:top + S, left:left + S]
-            seen = masks.flatten(1).any(1).bool()
-            boxes = ops.masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # torchvision's end at the last pixel
-            target = dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=img.shape[1:]),
-                          masks=tv_tensors.Mask(masks[seen]), labels=target["labels"][seen])
-        target = self.tidy(target)
+            img, target = v2.RandomCrop([min(n, self.cfg.img_size) for n in img.shape[1:]])(img, target)
+            seen = target["masks"].flatten(1).any(1).bool()
+            masks, labels = target["masks"][seen], target["labels"][seen]
+            boxes = ops.masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # torchvision's end at the last pixel
+            boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=img.shape[1:])
+            target = dict(boxes=boxes, masks=tv_tensors.Mask(masks), labels=labels)
+        target = v2.SanitizeBoundingBoxes()(v2.ClampBoundingBoxes()(target))
         return img.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k, v in target.items()}
 
     def collate(self, batch):
@@ -303,7 +278,7 @@ class Scenes(common.Samples):
         return *map(list, zip(*samples)), dict(ChainMap(*bad))
 
 
-# --- backbone ---------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 
 class WindowedBlock(Block):
     """Block on a square grid of `side` x `side` tokens: attention within windows, or global if window is 0.
@@ -317,7 +292,7 @@ class WindowedBlock(Block):
         for name in ("rel_pos_h", "rel_pos_w"):
             self.register_parameter(name, nn.Parameter(torch.zeros(2 * self.window - 1, dim // num_heads)))
 
-    def attend(self, x):  # (B, side * side, D)
+    def attend(self, x, first):  # (B, side * side, D); first is 0
         (B, _, D), n, side = x.shape, self.window, self.side
         count = -(-side // n)  # windows per side; the last are padded with zeros, which are attended to
         padding = count * n - side
@@ -341,7 +316,7 @@ class Backbone(ViT):
     def __init__(self, cfg):
         D, depth, heads, p, vitdet = cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.patch_size, cfg.style == "vitdet"
         super().__init__(p, p, D, depth, heads, cfg.drop_path)
-        self.grid, self.checkpointing = tuple(cfg.table), cfg.checkpointing
+        self.grid = tuple(cfg.table)
         self.pos_embed = nn.Parameter(sincos_pos_embed(D, self.grid), requires_grad=vitdet)
         del self.norm  # the maps do not pass it
         self.taps = [depth] if vitdet else [max(1, round(depth * tap / 12)) for tap in (4, 6, 8, 12)]
@@ -362,12 +337,10 @@ class Backbone(ViT):
         x = self.embed(patchify(imgs, p)) + pos  # (B, N, D)
         if hasattr(self, "cls_token"):
             x = torch.cat(((self.cls_token + cls).expand(len(x), -1, -1), x), 1)  # (B, 1 + N, D)
-        outputs = []
+        outputs = [x]
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
-            outputs.append(x)
-        N = grid[0] * grid[1]
-        return [outputs[tap - 1][:, -N:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]
+            outputs.append(block(outputs[-1]))
+        return [outputs[tap][:, -pos.shape[1]:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]
 
 
 norm_2d = partial(LayerNorm2d, eps=1e-6)
@@ -405,13 +378,9 @@ class SimplePyramid(nn.Module):
         return dict(zip(("0", "1", "2", "3", "pool"), (*maps, F.max_pool2d(maps[-1], 1, 2))))
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
-
 def region_pool(maps, boxes, image_sizes, size, patch_size):
-    """Aligned RoIAlign of boxes, each at the level for its size: maps by name, per image (n, 4) -> (n, C, size, size).
-
-    torchvision's MultiScaleRoIAlign is not aligned: it reads half a pixel of the map away.
-    """
+    """RoIAlign of boxes, each at the level for its size: maps by name, per image (n, 4) -> (n, C, size, size)."""
+    # torchvision's MultiScaleRoIAlign is not aligned, and takes the strides from the first batch, before padding.
     rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # (n, 5): number of the image, box
     side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = (side / (14 * patch_size) + 1e-8).log2().floor().add(2).clamp(0, 3)  # level 2 from 14 patches on
@@ -422,29 +391,16 @@ def region_pool(maps, boxes, image_sizes, size, patch_size):
     return pooled
 
 
-def mask_targets(masks, boxes, index=None, size=28):
-    """Part of masks (m, H, W) in boxes (n, 4), fractions in [0, 1]; index (n,): whose mask -> (n, size, size)."""
-    index = torch.arange(len(boxes), device=boxes.device) if index is None else index
-    rois = torch.cat((index[:, None].to(boxes), boxes), 1)
-    return ops.roi_align(masks[:, None].float(), rois, size, 1.0, 0, True)[:, 0]
+class AnchorMatcher(_utils.Matcher):
+    """Also matches an instance with its best anchors if their IoU is at least 0.3. [code: MMDetection]"""
 
-
-def paste(masks, boxes, size):
-    """Put masks (n, 28, 28) of probabilities into their boxes (n, 4) in an image of (H, W) -> bool (n, H, W)."""
-    pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    step = max(1, 2 ** 24 // (size[0] * size[1]))  # at most 200 MB at a time
-    for i in range(0, len(masks), step):
-        left, top, right, bottom = boxes[i:i + step].T[..., None]  # (n, 1) each
-        y = (torch.arange(size[0], device=boxes.device) + 0.5 - top) / (bottom - top) * 2 - 1  # (n, H), -1 to 1
-        x = (torch.arange(size[1], device=boxes.device) + 0.5 - left) / (right - left) * 2 - 1  # (n, W)
-        grid = torch.stack((x[:, None].expand(-1, size[0], -1), y[..., None].expand(-1, -1, size[1])), -1)
-        pasted[i:i + step] = F.grid_sample(masks[i:i + step, None], grid, align_corners=False)[:, 0] >= 0.5
-    return pasted
+    def set_low_quality_matches_(self, matches, all_matches, iou):  # (anchors,), (anchors,), (instances, anchors)
+        instance, anchor = torch.where((iou == iou.amax(1, keepdim=True)) & (iou >= self.low_threshold))
+        matches[anchor] = instance
 
 
 class Heads(roi_heads.RoIHeads):
-    """torchvision's RoIHeads with other losses of boxes and masks."""
-    box_loss = "l1"
+    """torchvision's RoIHeads with other losses of boxes."""
 
     def forward(self, maps, proposals, image_sizes, targets=None):
         """-> per image boxes, labels, scores, masks (n, 1, 28, 28), and {}; in training [] and losses by name."""
@@ -454,11 +410,10 @@ class Heads(roi_heads.RoIHeads):
         logits, regressed = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals, image_sizes)))
         losses = self.box_losses(logits, regressed, torch.cat(proposals), torch.cat(labels), torch.cat(offsets))
         positive = [torch.where(y > 0)[0] for y in labels]
-        boxes, matched, labels = ([x[i] for x, i in zip(xs, positive)] for xs in (proposals, matched, labels))
+        boxes, matched = ([x[i] for x, i in zip(xs, positive)] for xs in (proposals, matched))
         pred = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes, image_sizes)))  # (n, K + 1, 28, 28)
-        pred = pred[torch.arange(len(pred), device=pred.device), torch.cat(labels)]  # (n, 28, 28)
-        true = [mask_targets(t["masks"], b, m) for t, b, m in zip(targets, boxes, matched) if len(b)]
-        losses["loss/mask"] = F.binary_cross_entropy_with_logits(pred, torch.cat(true)) if true else 0 * pred.sum()
+        masks, labels = ([t[name] for t in targets] for name in ("masks", "labels"))
+        losses["mask"] = roi_heads.maskrcnn_loss(pred, boxes, masks, labels, matched)
         return [], losses
 
     def box_losses(self, logits, regressed, boxes, labels, offsets):
@@ -470,7 +425,7 @@ class Heads(roi_heads.RoIHeads):
         else:
             pred, true = (self.box_coder.decode_single(x, boxes) for x in (regressed, offsets))
             loss = 10 * ops.generalized_box_iou_loss(pred, true, reduction="sum")
-        return {"loss/class": F.cross_entropy(logits, labels), "loss/box": loss / len(labels)}
+        return {"class": F.cross_entropy(logits, labels), "box": loss / len(labels)}
 
 
 class MaskRCNN(nn.Module):
@@ -479,85 +434,55 @@ class MaskRCNN(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         C, K, S, p, vitdet = cfg.channels, cfg.num_classes, cfg.img_size, cfg.patch_size, cfg.style == "vitdet"
-        self.backbone = Backbone(cfg)
+        self.cfg, self.backbone = cfg, Backbone(cfg)
         self.pyramid = (SimplePyramid if vitdet else TapPyramid)(cfg.embed_dim, C)
         # Images come normalized and, in training, resized. The divisor keeps strides whole: torchvision divides sizes
         # to find them, and 800 rows, which are 13 in the coarsest map, would give 61 instead of 64.
         self.transform = transform.GeneralizedRCNNTransform(
-            S, S if vitdet else S * 5 // 3, [0.0] * 3, [1.0] * 3, _skip_resize=True,
-            size_divisible=S if vitdet else 4 * p)
+            S, S if vitdet else S * 5 // 3, [0] * 3, [1] * 3, size_divisible=S if vitdet else 4 * p, _skip_resize=True)
         anchors = anchor_utils.AnchorGenerator(tuple((2 * p * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
         before, after = (dict(training=n, testing=min(1000, n)) for n in cfg.proposals)  # NMS
         self.rpn = rpn.RegionProposalNetwork(
             anchors, rpn.RPNHead(C, 3, conv_depth=2 if vitdet else 1), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
             batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n=before, post_nms_top_n=after, nms_thresh=0.7)
-        box_norm, mask_norm = (norm_2d, norm_2d) if vitdet else (nn.BatchNorm2d, None)
-        if cfg.box_head == "2fc":
-            box_head = faster_rcnn.TwoMLPHead(49 * C, 4 * C)
-        else:
-            box_head = faster_rcnn.FastRCNNConvFCHead((C, 7, 7), [C] * 4, [4 * C], box_norm)
+        self.rpn.proposal_matcher = (_utils.Matcher if vitdet else AnchorMatcher)(0.7, 0.3, True)
+        convs, layers = ([], [4 * C] * 2) if cfg.box_head == "2fc" else ([C] * 4, [4 * C])
+        box_head = faster_rcnn.FastRCNNConvFCHead((C, 7, 7), convs, layers, norm_2d if vitdet else nn.BatchNorm2d)
         self.heads = Heads(
             partial(region_pool, size=7, patch_size=p), box_head, faster_rcnn.FastRCNNPredictor(4 * C, K + 1),
             mask_roi_pool=partial(region_pool, size=14, patch_size=p),
-            mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1, mask_norm),
+            mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1, norm_2d if vitdet else None),
             mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, K + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
             batch_size_per_image=cfg.regions, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
             nms_thresh=0.5, detections_per_img=100)
         self.heads.box_loss = cfg.box_loss
-        for layer, std in ((self.heads.box_predictor.cls_score, 0.01), (self.heads.box_predictor.bbox_pred, 0.001)):
+        normal = {self.heads.box_predictor.cls_score: 0.01, self.heads.box_predictor.bbox_pred: 0.001}
+        if vitdet:  # [code: detectron2]
+            normal[self.heads.mask_predictor.mask_fcn_logits] = 0.001
+            for layer in (m for m in box_head if isinstance(m, nn.Linear)):
+                nn.init.kaiming_uniform_(layer.weight, a=1)
+                nn.init.zeros_(layer.bias)
+        for layer, std in normal.items():
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    def run(self, imgs, targets=None):
-        """imgs: list of (3, H, W) -> detections in the size of the model's input, losses, those sizes."""
-        images, targets = self.transform(imgs, targets)
+    def forward(self, imgs, targets=None):
+        """Lists of images (3, H, W) and their `instances` -> loss (), metrics; in evaluation, what `Heads` finds."""
+        inputs = imgs
+        if self.cfg.style == "vitdet" and not self.training:  # antialiased, which torchvision's own resizing is not
+            inputs = [v2.functional.resize(img, None, max_size=self.cfg.img_size) for img in imgs]
+        images, targets = self.transform(inputs, targets)
         maps = self.pyramid(self.backbone(images.tensors))
-        with torch.autocast(images.tensors.device.type, enabled=False):
+        with torch.autocast(images.tensors.device.type, enabled=False):  # bf16 anchors would be off by up to 4 pixels
             maps = {name: x.float() for name, x in maps.items()}
             proposals, rpn_losses = self.rpn(images, maps, targets)
             found, losses = self.heads(maps, proposals, images.image_sizes, targets)
-        losses = {f"loss/{k.removeprefix('loss_')}": v for k, v in rpn_losses.items()} | losses
-        return found, losses, images.image_sizes
-
-    def forward(self, imgs, targets):
-        """imgs: list of (3, H, W), targets: list of boxes, masks, labels by name -> loss (), metrics: name -> ()."""
-        losses = self.run(imgs, targets)[1]
-        return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
-
-    @torch.no_grad()
-    def detect(self, imgs):
-        """imgs: list of (3, H, W) -> per image boxes (n, 4) in its pixels, labels, scores, masks (n, 28, 28)."""
-        found, _, sizes = self.run(imgs)
-        for f, size, img in zip(found, sizes, imgs):
-            f["boxes"], f["masks"] = transform.resize_boxes(f["boxes"], size, img.shape[1:]), f["masks"][:, 0]
+        if self.training:
+            losses = {f"loss/{name.removeprefix('loss_')}": x for name, x in (rpn_losses | losses).items()}
+            return sum(losses.values()), {name: x.detach() for name, x in losses.items()}
+        for f, size, img in zip(found, images.image_sizes, imgs):
+            f["boxes"] = transform.resize_boxes(f["boxes"], size, img.shape[1:])
         return found
-
-    def preview(self, imgs, targets):
-        """Panels for preview.png: images, true instances, and detections."""
-        panels, size = {"image": [], "instances": [], "prediction": []}, [max(x) for x in zip(*(i.shape for i in imgs))]
-        mean, std = common.mean_std(imgs[0].device)
-        for img, target, found in zip(imgs, targets, self.detect(imgs)):
-            raw = (img * std + mean).clamp(0, 1)
-            for panel, x in zip(panels.values(), (raw, paint(raw, target), paint(raw, found))):
-                panel.append(F.pad((x - mean) / std, (0, size[2] - x.shape[2], 0, size[1] - x.shape[1])))
-        return {title: torch.stack(panel) for title, panel in panels.items()}
-
-
-def paint(img, found, classes=None):
-    """Draw instances, or detections of scores above a half, with names if given, over an image (3, H, W) -> image."""
-    from matplotlib.font_manager import findfont
-    if "scores" in found:
-        found = {k: v[found["scores"] > 0.5] for k, v in found.items()}
-        found["masks"] = paste(found["masks"], found["boxes"], img.shape[1:])
-    if not len(found["boxes"]):
-        return img
-    labels = found["labels"].tolist()
-    colors = [tuple(segment.palette(254)[(y - 1) % 254].tolist()) for y in labels]
-    for mask, color in reversed(list(zip(found["masks"].bool(), colors))):  # the surest on top
-        img = draw_segmentation_masks(img, mask, 0.5, color)
-    names = [classes[y - 1].partition(" ")[2] for y in labels] if classes else None  # without the category id
-    return draw_bounding_boxes(img, found["boxes"], names, colors, width=1 + img.shape[1] // 400, fill_labels=True,
-                               font=findfont("DejaVu Sans"), font_size=14, label_colors="white" if names else None)
 
 
 # --- optimizer and schedule -------------------------------------------------------------------------------------------
@@ -581,31 +506,26 @@ def learning_rate(step, steps_per_epoch, cfg):
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
-def results(found, record, ids):
-    """Detections in an image, with pasted masks (n, H, W) -> bbox and segm entries in COCO's format.
-
-    Two lists: given both, pycocotools takes the box's area for the mask's.
-    """
-    boxes = ops.box_convert(found["boxes"].cpu().double(), "xyxy", "xywh")
-    entries = [dict(image_id=record["id"], category_id=ids[y - 1], score=s) for y, s in zip(
-        found["labels"].tolist(), found["scores"].tolist())]
-    return ([dict(e, bbox=b) for e, b in zip(entries, boxes.tolist())],
-            [dict(e, segmentation=m) for e, m in zip(entries, encode(found["masks"].cpu()) if entries else [])])
+def results(found, masks, record, ids):
+    """Detections in an image and their masks (H, W) -> entries in COCO's format."""
+    boxes = ops.box_convert(found["boxes"].double(), "xyxy", "xywh").tolist()
+    return [dict(image_id=record["id"], category_id=ids[y - 1], score=s, bbox=b, segmentation=encode(m))
+            for y, s, b, m in zip(found["labels"].tolist(), found["scores"].tolist(), boxes, masks)]
 
 
 def average_precision(found, source):
-    """Records with their bbox and segm entries -> pycocotools' APs by name, in percent."""
+    """Records with their entries -> pycocotools' APs by name, in percent."""
     metrics = dict(APb=0.0, APb50=0.0, APm=0.0, APm50=0.0, val_images=len(found))
-    annotations, truth = [a for record, *_ in found for a in record["annotations"]], COCO()
-    truth.dataset = dict(images=[record for record, *_ in found], categories=[dict(id=i) for i in source.ids],
+    annotations, truth = [a for record, _ in found for a in record["annotations"]], COCO()
+    truth.dataset = dict(images=[record for record, _ in found], categories=[dict(id=i) for i in source.ids],
                          annotations=[dict(a, id=i) for i, a in enumerate(annotations, 1)])  # 0 would mean "no match"
-    for j, (kind, name) in enumerate((("bbox", "APb"), ("segm", "APm")), 1):
-        entries = [e for item in found for e in item[j]]
-        if not entries:
-            return metrics
+    entries = [e for _, entries in found for e in entries]
+    for kind, name, unused in (("bbox", "APb", "segmentation"), ("segm", "APm", "bbox")) if entries else ():
+        # Given both, pycocotools takes the box's area for the mask's.
+        one_kind = [{k: v for k, v in e.items() if k != unused} for e in entries]
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
-            measure = COCOeval(truth, truth.loadRes(entries), kind)
+            measure = COCOeval(truth, truth.loadRes(one_kind), kind)
             measure.evaluate()
             measure.accumulate()
             measure.summarize()
@@ -615,49 +535,57 @@ def average_precision(found, source):
     return metrics
 
 
+@torch.no_grad()
 def evaluate(model, cfg, device, autocast, source):
-    """AP over `source` -> metrics by name; out_dir/results_{bbox,segm}.json have the detections in COCO's format."""
+    """AP over `source` -> metrics by name; results.json (eval_results.json) has them in COCO's format."""
     finetune.sync_buffers(model)
     ids, found = range(len(source))[:cfg.eval_images or None], []
     for (img, record), in finetune.read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
         with autocast:
-            detections = model.detect([common.to_device(img, {}, device)[0]])[0]
-        detections["masks"] = paste(detections["masks"], detections["boxes"], img.shape[1:])
-        found.append((record, *results(detections, record, source.ids)))
+            detections = model([common.to_device(img, {}, device)[0]])[0]
+        detections = {k: v.cpu() for k, v in detections.items()}
+        masks = (roi_heads.paste_masks_in_image(mask[None], box[None], img.shape[1:])[0, 0] >= 0.5  # one at a time:
+                 for mask, box in zip(detections["masks"], detections["boxes"]))  # a hundred would fill the memory
+        found.append((record, results(detections, masks, record, source.ids)))
     found = sorted(sum(common.gather(found), []), key=lambda item: item[0]["id"])
-    if common.RANK == 0:
-        try:
-            for j, kind in enumerate(("bbox", "segm"), 1):
-                with common.replacing(Path(cfg.out_dir) / f"results_{kind}.json") as path:
-                    path.write_text(json.dumps([e for item in found for e in item[j]]))
-        except OSError as error:
-            common.print0(f"warning: results not written: {error}")
-    return common.gather(average_precision(found, source) if common.RANK == 0 else None)[0]
+    if common.RANK:
+        return common.gather(None)[0]
+    try:
+        with common.replacing(Path(cfg.out_dir) / ("eval_results.json" if cfg.eval else "results.json")) as path:
+            path.write_text(json.dumps([e for _, entries in found for e in entries]))
+    except OSError as error:
+        common.print0(f"warning: detections not written: {error}")
+    return common.gather(average_precision(found, source))[0]
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
+@torch.no_grad()
 def predict(model, cfg, classes, device, autocast):
     """--predict: draw boxes, masks, and names of what scores above a half."""
     img = segment.open_picture(cfg.predict)
     if max(img.shape[1:]) > 50 * min(img.shape[1:]):
         sys.exit(f"--predict {cfg.predict}: {img.shape[2]} x {img.shape[1]} pixels; resized, one side would vanish")
+    img = v2.functional.resize(img, 800, max_size=1333)
     with autocast:
-        found = model.detect([common.to_device(img, {}, device)[0]])[0]
-    size, found = img.shape[1:], {k: v.cpu() for k, v in found.items()}
-    img = v2.functional.resize(img, 640, max_size=1280)  # the size of the drawing; masks of a camera's fill the memory
-    found["boxes"] = transform.resize_boxes(found["boxes"], size, img.shape[1:])
+        found = model([common.to_device(img, {}, device)[0]])[0]
+    found = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}
+    labels = [y - 1 for y in found["labels"].tolist()]
+    names = [classes[y].partition(" ")[2] for y in labels]  # without the category id
+    colors = [tuple(segment.palette(254)[y % 254].tolist()) for y in labels]
+    masks = roi_heads.paste_masks_in_image(found["masks"], found["boxes"], img.shape[1:])[:, 0] >= 0.5
+    for mask, color in zip(masks.flip(0), colors[::-1]):  # the surest on top
+        img = draw_segmentation_masks(img, mask, 0.5, color)
+    img = draw_bounding_boxes(img, found["boxes"], names, colors, width=3, fill_labels=True, label_colors="white",
+                              font=findfont("DejaVu Sans"), font_size=14)
     path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_detected.png"
     with common.replacing(path) as temporary:
-        v2.functional.to_pil_image(paint(img, found, classes)).save(temporary)
+        v2.functional.to_pil_image(img).save(temporary)
     common.print0(f"wrote {path}")
 
 
-SAVED = (*segment.SIZES, "style", "img_size", "table", "window", "channels", "box_head", "proposals", "num_classes")
-
-
 def main():
-    segment.run(common.parse(Config, PRESETS, __doc__), MaskRCNN, SAVED, open_scenes, Scenes, make_optimizer,
+    saved = (*segment.SIZES, "style", "img_size", "table", "window", "channels", "box_head", "proposals", "num_classes")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, about a second, and here are hundreds
+    segment.run(common.parse(Config, PRESETS, __doc__), MaskRCNN, saved, open_scenes, Scenes, make_optimizer,
                 learning_rate, evaluate, predict)
 
 

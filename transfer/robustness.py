@@ -18,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import common
 import finetune
@@ -55,7 +54,7 @@ class Config:
 def open_folder(root, classes, expected):
     """ImageFolder whose labels are the model's, and which classes it has, bool (C,); expected: how many, 0: any."""
     try:
-        source = common.Folder(root)
+        source = common.Folder(Path(root))
     except FileNotFoundError as error:  # no images, or none in some class
         sys.exit(f"{root}: {error}")
     unknown = sorted(set(source.classes) - set(classes))
@@ -109,8 +108,6 @@ def main():
             mce = np.nan  # AlexNet's errors are means over 5 severities
         common.print0(f"ImageNet-C  mean error {100 * np.mean(list(means.values())):.2f}  mCE {100 * mce:.2f}  "
                       f"over {len(errors)} corruptions")
-    if common.WORLD > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

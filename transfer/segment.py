@@ -28,7 +28,6 @@ Easy to get wrong, and done here as in the published runs:
     python -m transfer.segment --predict photo.jpg --init out/s/model.pt          # photo_segmented.png, beside model.pt
 """
 import colorsys
-import contextlib
 import itertools
 import json
 import sys
@@ -58,7 +57,7 @@ IGNORE = 255  # the label of unlabeled pixels
 class Config(common.RunConfig):
     data: str = "shapes"  # [ours] folder in ADE20K's layout, or shapes (generated)
     init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or model.pt of this file; sizes are taken from it
-    out_dir: str = "out/segment"  # [ours] checkpoints, log, and pictures; with --eval or --predict: --init's folder
+    out_dir: str = "out/segment"  # [ours] checkpoints, log, pictures; if not given, --eval and --predict take --init's
     eval: bool = False  # [ours] no training: metrics of --init, by default out_dir's model.pt
     predict: str = ""  # [ours] no training: segment this picture with --init, by default out_dir's model.pt
     img_size: int = 512  # [AAAI, SdAE, DeepMIM] side of the square crop, and of the windows in evaluation
@@ -66,7 +65,8 @@ class Config(common.RunConfig):
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
     depth: int = 0  # [MAE] 0: as in --init, else 12
     num_heads: int = 0  # [MAE] 0: as in --init, else 12
-    rel_pos_bias: bool = False  # [code: DeepMIM, BootMAE] relative position bias and layer scale; others do not say
+    rel_pos_bias: bool = True  # [code: BEiT, CAE, BootMAE, DeepMIM, mmseg] relative position bias and layer scale
+    train_pos_embed: bool = True  # [code: DeepMIM, BootMAE] train the position table
     drop_path: float = 0.1  # [DeepMIM] largest fraction of samples that skip a branch, in the last block
     channels: int = 768  # [code: DeepMIM, BootMAE] width of the head
     aux_weight: float = 0.4  # [code: DeepMIM, BootMAE] weight of the auxiliary head; 0: none
@@ -95,11 +95,12 @@ class Config(common.RunConfig):
 
 
 PRESETS = {
-    "ddae": dict(),
-    "sdae": dict(),  # the same; weight decay and drop path are CAE's, whose setting the paper names
-    "deepmim": dict(lr=1e-4, rel_pos_bias=True),  # targets other than CLIP
-    "deepmim_clip": dict(lr=5e-5, layer_decay=0.9, rel_pos_bias=True),
-    "bootmae": dict(clip_grad=3.0, rel_pos_bias=True),  # its pixels were scaled to [-1, 1], here as everywhere
+    "ddae": dict(),  # what the paper does not state is as in BEiT, which it names
+    "sdae": dict(train_pos_embed=False),  # what the paper does not state is CAE's, whose setting it names
+    "sdae_large": dict(train_pos_embed=False, lr=4e-5, layer_decay=0.95, drop_path=0.15, channels=1024),  # CAE's
+    "deepmim": dict(lr=1e-4),  # targets other than CLIP
+    "deepmim_clip": dict(lr=5e-5, layer_decay=0.9),
+    "bootmae": dict(clip_grad=3.0),  # its pixels were scaled to [-1, 1], here as everywhere
     "quick": dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=3, channels=32, drop_path=0.0,
                   scale=(0.75, 1.5), iterations=240, warmup=20, lr=2e-3, layer_decay=0.9, eval_images=200,
                   eval_every=0.128, out_dir="out/quick_segment"),
@@ -262,12 +263,12 @@ def relative_index(grid, device):
 
 
 class Backbone(ViT):
-    """The shared ViT for images of any size: four taps as maps; its position table is trained, and resized."""
+    """The shared ViT for images of any size: four taps as maps; its position table is resized."""
 
     def __init__(self, cfg):
         super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
         self.rel_pos_bias, self.taps = cfg.rel_pos_bias, [max(1, round(cfg.depth * tap / 12)) for tap in (4, 6, 8, 12)]
-        self.pos_embed.requires_grad_(True)
+        self.pos_embed.requires_grad_(cfg.train_pos_embed)
         del self.norm  # not used by the taps
         if cfg.rel_pos_bias:
             blocks = (BiasedBlock(cfg.embed_dim, cfg.num_heads, b.drop_path, self.grid[0]) for b in self.blocks)
@@ -425,7 +426,7 @@ def class_metrics(confusion):
 
 
 def evaluate(model, cfg, device, autocast, source):
-    """mIoU, mAcc, and aAcc over `source` -> metrics by name; out_dir/per_class.txt has the classes."""
+    """mIoU, mAcc, and aAcc over `source` -> metrics by name; out_dir/per_class.txt, or eval_per_class.txt, by class."""
     finetune.sync_buffers(model)
     K, ids = len(source.classes), range(len(source))[:cfg.eval_images or None]
     confusion, count = torch.zeros(K, K, dtype=torch.int64), 0
@@ -440,11 +441,14 @@ def evaluate(model, cfg, device, autocast, source):
     iou, acc = class_metrics(confusion)
     if common.RANK == 0:
         rows = zip(source.classes, iou.tolist(), acc.tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
-        path = Path(cfg.out_dir) / "per_class.txt"
-        with contextlib.suppress(OSError), common.replacing(path) as temporary, open(temporary, "w") as file:
-            print(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}", file=file)
-            for name, i, a, labeled, predicted in rows:
-                print(f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}", file=file)
+        path = Path(cfg.out_dir) / ("eval_per_class.txt" if cfg.eval else "per_class.txt")
+        try:
+            with common.replacing(path) as temporary, open(temporary, "w") as file:
+                print(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}", file=file)
+                for name, i, a, labeled, predicted in rows:
+                    print(f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}", file=file)
+        except OSError as error:
+            common.print0(f"warning: {path} not written: {error}")
     return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
                 aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=count)
 
