@@ -3,25 +3,26 @@ DeepMIM on VideoMAE: Deep Supervision for Masked Image Modeling. Ren et al., arX
 VideoMAE: Tong et al., NeurIPS 2022, arXiv 2203.12602; official code github.com/MCG-NJU/VideoMAE [code].
 No official code of DeepMIM on VideoMAE is public.
 
-VideoMAE is MAE on videos: tokens are tubes of 2 frames x 16 x 16 pixels, and 90% of them are hidden, the same places in
-all frames, so that a hidden patch cannot be copied from the next frame. DeepMIM supervises blocks 6, 8, 10, and 12
-instead of the last one alone, each through a decoder of its own, so that shallow blocks learn more, too.
+VideoMAE is MAE on videos. Tokens are tubelets of 2 frames x 16 x 16 pixels, and 90% of them are hidden. They are hidden
+in tubes, at the same places in all frames, so that a masked patch cannot be copied from the next frame. DeepMIM
+supervises blocks 6, 8, 10, and 12 instead of the last one alone, each through a decoder of its own, so that shallow
+blocks learn more, too.
 
 One training step, `VideoMAE.forward`, with i over the supervised blocks g_i:
-    ids_keep, ids_mask = ids_shuffle.split([V, M], 1)                    # tubes: the same places in all frames
-    target   = pixel_target(patchify(clips)[ids_mask])                   # each tube and channel to mean 0, variance 1
+    ids_keep, ids_mask = ids_shuffle.split([V, M], 1)                    # tubes, drawn in the data worker
+    target   = pixel_target(patchify(clips)[ids_mask])                   # each tubelet's channels to mean 0, variance 1
     latent_i = encoder(clips, ids_keep)[g_i]                             # the last block's also passes the final norm
-    pred_i   = decoder_i(latent_i, ids_shuffle)                          # for the masked tubes
+    pred_i   = decoder_i(latent_i, ids_shuffle)                          # for the masked tubelets
     loss     = sum_i mean(|pred_i - target|^2)                           # Eq. 2
 
-B clips of T frames, N tubes = V visible + M masked, P values per tube, D width, K supervised blocks.
+B clips of T frames, N tubelets = V visible + M masked, P values per tubelet, D width, K supervised blocks, L tokens.
 
 VideoMAE, the baseline, is `--taps 12`.
 
 Differs from the papers or is not said there, besides what stands at the lines concerned: the decoders of blocks 6, 8,
 and 10 are like the last block's, and only this one's latent is normalized, as in DeepMIM on images; crops are
-VideoMAE's, though the appendix also says that augmentation is that of images. A video that is shorter than a clip
-repeats its last frame. A block that predicts 0 for all normalized pixels has an error of 1.0.
+VideoMAE's, though the appendix also says that augmentation is that of images; weight decay includes mask tokens, as in
+MAE. A block that predicts 0 for all normalized pixels has an error of 1.0.
 
     python videomae.py --preset quick                                    # generated videos, 2 CPU cores, 3 minutes
     torchrun --nproc_per_node=8 videomae.py --data KINETICS              # the paper's recipe, ViT-B, 800 epochs
@@ -40,23 +41,23 @@ from torchvision.transforms import InterpolationMode, v2
 
 import common
 import videos
-from analyze import choose, knn_accuracy, read_each
+from evaluate import choose, knn_accuracy, read_each
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
     data: str = "motions"  # [ours] folder with train/ and val/ of videos or folders of frames; motions (generated)
     img_size: int = 224  # [code] side of the square crop, pixels
-    patch_size: int = 16  # [code] side of a tube, pixels
+    patch_size: int = 16  # [code] side of a tubelet, pixels
     num_frames: int = 16  # [code] frames of a clip
-    tubelet_size: int = 2  # [code] frames of a tube
+    tubelet_size: int = 2  # [code] frames of a tubelet
     stride: int = 4  # [code] every stride-th frame of the video is in the clip; 4 for Kinetics
     embed_dim: int = 768  # [code] encoder width; ViT-S 384, ViT-B 768, ViT-L 1024
     depth: int = 12  # [code] encoder blocks; ViT-L 24
     num_heads: int = 12  # [code] attention heads; ViT-S 6, ViT-L 16
     mask_ratio: float = 0.9  # [code] fraction of the places in a frame hidden from the encoder
     taps: tuple[int, ...] = ()  # [paper Sec. 3] supervised blocks; none: depth * 1/2, 2/3, 5/6, 1, that is 6 8 10 12
-    norm_pix: bool = True  # [code] normalize each tube and channel of the target
+    norm_pix: bool = True  # [code] normalize each tubelet and channel of the target
     decoder_depth: int = 4  # [code] blocks in each decoder
     decoder_dim: int = 384  # [code] width of the decoders; half the encoder's
     decoder_heads: int = 6  # [code] heads of the decoders
@@ -103,24 +104,25 @@ def check_vit(cfg):
     assert cfg.img_size % cfg.patch_size == 0, f"--img_size must be divisible by --patch_size {cfg.patch_size}"
     assert cfg.num_frames % cfg.tubelet_size == 0, "--num_frames must be divisible by --tubelet_size"
     N = (cfg.img_size // cfg.patch_size) ** 2 * (cfg.num_frames // cfg.tubelet_size)
-    assert 0 < cfg.num_keep < N, f"--mask_ratio {cfg.mask_ratio} must leave some of {N} tubes visible and some masked"
+    assert 0 < cfg.num_keep < N, f"--mask_ratio {cfg.mask_ratio} must leave some of {N} tokens visible and some masked"
     for width, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
         assert getattr(cfg, width) % getattr(cfg, heads) == getattr(cfg, width) % 2 == 0, \
             f"--{width} must be divisible by 2 and by --{heads}"
 
 
 def patchify(clips, t, p):
-    """Clips (B, T, 3, H, W) -> tubes (B, N, t*p*p*3), frame by frame; values ordered frame, row, column, channel."""
+    """Clips (B, T, 3, H, W) -> tubelets (B, N, t*p*p*3), frame by frame; values ordered frame, row, column, channel."""
     B, T, C, H, W = clips.shape
     x = clips.reshape(B, T // t, t, C, H // p, p, W // p, p)
     x = x.permute(0, 1, 4, 6, 2, 5, 7, 3)  # (B, T/t, h, w, t, p, p, C)
     return x.reshape(B, -1, t * p * p * C)  # (B, N, P)
 
 
-def unpatchify(tubes, t, p, grid):
-    """Inverse of `patchify` for a (T/t, h, w) grid of tubes: (B, N, t*p*p*3) -> (B, T, 3, H, W)."""
-    x = tubes.reshape(len(tubes), *grid, t, p, p, -1).permute(0, 1, 4, 7, 2, 5, 3, 6)  # (B, T/t, t, C, h, p, w, p)
-    return x.reshape(len(tubes), grid[0] * t, -1, grid[1] * p, grid[2] * p)
+def unpatchify(tubelets, t, p, grid):
+    """Inverse of `patchify` for a (T/t, h, w) grid of tubelets: (B, N, t*p*p*3) -> (B, T, 3, H, W)."""
+    x = tubelets.unflatten(2, (t, p, p, -1)).unflatten(1, grid)  # (B, T/t, h, w, t, p, p, C)
+    x = x.permute(0, 1, 4, 7, 2, 5, 3, 6)  # (B, T/t, t, C, h, p, w, p)
+    return x.reshape(len(tubelets), grid[0] * t, -1, grid[1] * p, grid[2] * p)
 
 
 def take(tokens, ids):
@@ -134,7 +136,7 @@ def unshuffle(visible, masked, ids_shuffle):
 
 
 def sine_pos_embed(dim, N):
-    """Fixed table (1, N, dim) over the tubes in one row: sin and cos take turns, unlike MAE's."""
+    """Fixed table (1, N, dim) over the tubelets in one row: sin and cos take turns, unlike MAE's."""
     omega = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = torch.arange(N, dtype=torch.float64).unsqueeze(1) * omega  # (N, dim/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1).float().unsqueeze(0)
@@ -161,16 +163,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, T, D)
+    def forward(self, x):  # (B, L, D)
         x = x + self.drop(self.attend(self.norm1(x)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def attend(self, x):
-        B, T, D = x.shape
-        q, v = self.attn.q_bias, self.attn.v_bias
-        qkv = F.linear(x, self.attn.qkv.weight, torch.cat((q, torch.zeros_like(q), v)))  # softmax would ignore k's bias
-        q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        q_bias, v_bias = self.attn.q_bias, self.attn.v_bias
+        bias = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))  # the softmax would cancel a bias of k
+        qkv = F.linear(x, self.attn.qkv.weight, bias)  # (B, L, 3 * D)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d)
+        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def drop(self, x):
         if not self.training or not self.drop_path:
@@ -180,7 +182,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer that reads all tubes, or only those in `ids_keep`. There is no [CLS]."""
+    """Vision transformer that reads all tubelets, or only those in `ids_keep`. There is no [CLS]."""
 
     def __init__(self, img_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads, drop_path=0.0):
         super().__init__()
@@ -194,24 +196,25 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
 
-    def embed(self, tubes):
-        """(B, V, P) -> (B, V, D). The convolution as a linear map of tubes, so that masked ones are skipped."""
+    def embed(self, tubelets):
+        """(B, V, P) -> (B, V, D). The convolution as a linear map of tubelets, so that masked ones are skipped."""
         proj = self.patch_embed.proj
-        return F.linear(tubes, proj.weight.permute(0, 2, 3, 4, 1).flatten(1), proj.bias)  # in the order of `patchify`
+        weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P), in the order of `patchify`
+        return F.linear(tubelets, weight, proj.bias)
 
     def forward(self, clips, ids_keep=None):
         """clips (B, T, 3, H, W), ids_keep (B, V) or None for all -> every block's output (B, V, D), before `norm`."""
-        tubes, pos = patchify(clips, self.tubelet_size, self.patch_size), self.pos_embed  # (B, N, P), (1, N, D)
+        tubelets, pos = patchify(clips, self.tubelet_size, self.patch_size), self.pos_embed  # (B, N, P), (1, N, D)
         if ids_keep is not None:
-            tubes, pos = take(tubes, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
-        outputs = [self.embed(tubes) + pos]  # (B, V, D)
+            tubelets, pos = take(tubelets, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
+        outputs = [self.embed(tubelets) + pos]  # (B, V, D)
         for block in self.blocks:
             outputs.append(block(outputs[-1]))
         return outputs[1:]
 
 
 class Decoder(nn.Module):
-    """VideoMAE's decoder: mask tokens join the latents, then a few blocks, then a prediction for each masked tube."""
+    """VideoMAE's decoder: mask tokens join the latents, then a few blocks, then a prediction per masked tubelet."""
 
     def __init__(self, embed_dim, decoder_dim, depth, num_heads, N, out_dim):
         super().__init__()
@@ -235,9 +238,9 @@ class Decoder(nn.Module):
 # --- masking ----------------------------------------------------------------------------------------------------------
 
 def draw_mask(rng, cfg):
-    """Everything random about a sample besides its clip and crop -> ids_shuffle (N,), visible tubes first."""
+    """Everything random about a sample besides its clip and crop -> ids_shuffle (N,), visible tubelets first."""
     places, steps = (cfg.img_size // cfg.patch_size) ** 2, cfg.num_frames // cfg.tubelet_size
-    # Fork here: any order of the tubes is a mask; the first num_keep are visible.
+    # Fork here: any order of the tubelets is a mask; the first num_keep are visible.
     order = rng.permutation(places)
     ids = order + places * np.arange(steps)[:, None]  # (steps, places): the same places at all times
     keep = places - int(places * cfg.mask_ratio)
@@ -246,22 +249,18 @@ def draw_mask(rng, cfg):
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 
-def statistics(tubes):
-    """Mean and deviation of each channel of tubes (B, M, P) -> (B, M, 1, 3) each, and the tubes (B, M, P/3, 3)."""
-    x = tubes.unflatten(-1, (-1, 3))
-    return x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6, x
+def pixel_target(tubelets, norm_pix):
+    """Masked tubelets (B, M, P) -> target; norm_pix: mean 0, variance 1 per channel of each. Fork here: any target."""
+    x = tubelets.unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
+    mean, std = x.mean(-2, keepdim=True), x.std(-2, keepdim=True)
+    return ((x - mean) / (std + 1e-6)).flatten(-2) if norm_pix else tubelets  # epsilon as in the code, unlike MAE's
 
 
-def pixel_target(tubes, norm_pix):
-    """Masked tubes (B, M, P) -> target; norm_pix: mean 0, variance 1 per tube and channel. Fork here: any target."""
-    mean, std, x = statistics(tubes)
-    return ((x - mean) / std).flatten(-2) if norm_pix else tubes
-
-
-def pixel_picture(pred, tubes, norm_pix):
-    """Inverse of `pixel_target` for the picture, with the means and deviations of the true tubes."""
-    mean, std, _ = statistics(tubes)
-    return (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(-2) if norm_pix else pred
+def pixel_picture(pred, tubelets, norm_pix):
+    """Inverse of `pixel_target` for the picture, with the means and deviations of the true tubelets."""
+    x = tubelets.unflatten(-1, (-1, 3))
+    mean, std = x.mean(-2, keepdim=True), x.std(-2, keepdim=True)
+    return (pred.unflatten(-1, (-1, 3)) * (std + 1e-6) + mean).flatten(-2) if norm_pix else pred
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
@@ -292,35 +291,39 @@ class VideoMAE(nn.Module):
         return torch.stack([outputs[g - 1] for g in self.taps[:-1]] + [self.encoder.norm(outputs[-1])])
 
     def decode(self, latent, ids_shuffle):
-        """latent (K, B, V, D) -> predictions for the masked tubes (K, B, M, P)."""
+        """latent (K, B, V, D) -> predictions for the masked tubelets (K, B, M, P)."""
         return torch.stack([decoder(x, ids_shuffle) for decoder, x in zip(self.decoders, latent)])
 
-    def tubes(self, clips):
-        """clips (B, T, 3, H, W) -> their tubes (B, N, P), of pixels between 0 and 1, as in the code."""
+    def tubelets(self, clips):
+        """clips (B, T, 3, H, W) -> their tubelets (B, N, P), of pixels between 0 and 1, as in the code."""
         mean, std = common.mean_std(clips.device)
         return patchify(clips * std + mean, self.cfg.tubelet_size, self.cfg.patch_size)
 
     @torch.no_grad()
     def targets(self, clips, ids_shuffle):
-        """Targets of the masked tubes -> (B, M, P)."""
-        return pixel_target(take(self.tubes(clips), ids_shuffle[:, self.cfg.num_keep:]), self.cfg.norm_pix)
+        """Targets of the masked tubelets -> (B, M, P)."""
+        return pixel_target(take(self.tubelets(clips), ids_shuffle[:, self.cfg.num_keep:]), self.cfg.norm_pix)
 
     def preview(self, clips, ids_shuffle):
         """Panels for preview.png: title -> images (8, 3, H, W), four frames of each of the first two clips."""
         cfg, clips, ids_shuffle = self.cfg, clips[:2], ids_shuffle[:2]
         ids_keep, ids_mask = ids_shuffle[:, :cfg.num_keep], ids_shuffle[:, cfg.num_keep:]
-        visible, true = (take(self.tubes(clips), ids) for ids in (ids_keep, ids_mask))
-        pred = self.decode(self.encode(clips, ids_keep), ids_shuffle)  # (K, B, M, P)
+        visible, true = (take(self.tubelets(clips), ids) for ids in (ids_keep, ids_mask))
+        pred = self.decode(self.encode(clips, ids_keep), ids_shuffle).float()  # (K, B, M, P)
         mean, std = common.mean_std(clips.device)
 
         def picture(masked):  # (2, M, P) -> (8, 3, H, W)
-            tubes = unshuffle(visible, masked, ids_shuffle)
-            frames = unpatchify(tubes, cfg.tubelet_size, cfg.patch_size, self.encoder.grid)  # (2, T, 3, H, W)
-            return ((frames[:, ::max(1, cfg.num_frames // 4)] - mean) / std).flatten(0, 1)
+            tubelets = unshuffle(visible, masked, ids_shuffle)
+            frames = unpatchify(tubelets, cfg.tubelet_size, cfg.patch_size, self.encoder.grid)  # (2, T, 3, H, W)
+            frames = frames[:, [i * cfg.num_frames // 4 for i in range(4)]]
+            return ((frames - mean) / std).flatten(0, 1)
 
-        panels = {"input": picture(true), "visible": picture(torch.full_like(true, 0.45))}
-        return panels | {f"block {g}": picture(pixel_picture(x.float(), true, cfg.norm_pix))
-                         for g, x in zip(self.taps, pred)}
+        gray = mean.flatten().repeat(true.shape[-1] // 3)  # (P,)
+        panels = {"input": picture(true), "visible": picture(gray.expand_as(true))}
+        if cfg.norm_pix:  # predictions have no means and no deviations: show what the true ones tell
+            panels["true means"] = picture(pixel_picture(torch.zeros_like(true), true, True))
+        return panels | {f"block {g}" + "\n(true mean, std)" * cfg.norm_pix:
+                         picture(pixel_picture(x, true, cfg.norm_pix)) for g, x in zip(self.taps, pred)}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -357,44 +360,38 @@ def multi_scale_crop(clip, cfg, rng):
     return v2.functional.resized_crop(clip, top, left, h, w, [cfg.img_size] * 2, InterpolationMode.BILINEAR)
 
 
-@torch.no_grad()
-def embed(encoder, source, ids, cfg, device, autocast, still=False):
-    """Mean tubes of the last block, of length 1, for all `ids` in all processes -> (n, D), labels (n,).
-
-    still: of the middle frame, repeated.
-    """
-    parts = [(torch.empty(0, cfg.embed_dim), torch.empty(0, dtype=torch.long))]
-    for items in read_each(functools.partial(videos.read_views, source, cfg, 1, 1), source, ids, cfg, batch_size=32):
-        clips, labels, _ = default_collate(items)
-        clips = clips[:, 0]  # (B, T, 3, H, W), of the one view
-        if still:
-            clips = clips[:, cfg.num_frames // 2].unsqueeze(1).expand_as(clips)
-        with autocast:
-            tokens = encoder.norm(encoder(common.to_device(clips, labels, device)[0])[-1])  # (B, N, D)
-        parts.append((F.normalize(tokens.float().mean(1)).cpu(), labels))
-    return [torch.cat(x).to(device) for x in zip(*sum(common.gather(parts), []))]
+def embed(encoder, clips):
+    """Mean tubelets of the last block, of length 1: clips (B, T, 3, H, W) -> (B, D)."""
+    return F.normalize(encoder.norm(encoder(clips)[-1]).float().mean(1)).cpu()
 
 
 @torch.no_grad()
 def evaluate(model, cfg, device, autocast, samples):
     """Loss and metrics on val/, always with the same masks; with labels also kNN accuracy -> by name.
 
-    knn_still is kNN with a single frame, repeated: what can be known without time. Exact for any number of processes.
+    knn_still is kNN of the middle frame, repeated: what can be known without motion. Exact for any number of processes.
     """
-    train, val, found, rows = samples.source, videos.open_data(cfg, "val"), {}, []
-    ids = choose(len(val), max(1, cfg.eval_images // 5))
-    for name, still in (("knn", False), ("knn_still", True)) if train.classes != [""] else ():
-        bank, queries = (embed(model.encoder, source, which, cfg, device, autocast, still)
-                         for source, which in ((train, choose(len(train), cfg.eval_images)), (val, ids)))
-        found[name] = knn_accuracy(*bank, *queries)
-    for items in read_each(functools.partial(videos.read_views, val, cfg, 1, 1), val, ids, cfg, batch_size=32):
-        clips, _, numbers = zip(*items)
-        draws = [draw_mask(np.random.default_rng((0, i)), cfg) for i in numbers]  # the same for every seed
-        clips, draws = common.to_device(torch.cat(clips), default_collate(draws), device)
-        with autocast:
-            loss, metrics = model(clips, draws)
-        rows.append((len(clips), {k: v.item() for k, v in dict(loss=loss, **metrics).items()}))
-    rows = sum(common.gather(rows), [])  # the batches of all processes
+    train, val, bad, rows = samples.source, videos.open_data(cfg, "val"), {}, []
+    sets = (train, choose(len(train), cfg.eval_images)), (val, choose(len(val), max(1, cfg.eval_images // 5)))
+    labeled, parts = train.classes != [""], ([], [])  # of train/ and val/: features (B, 2, D), labels (B,)
+    for part, (source, ids) in list(zip(parts, sets))[not labeled:]:  # all is read before processes talk, as in knn
+        read = functools.partial(videos.read_views, source, cfg, 1, 1)
+        for views, labels, numbers in read_each(read, source, ids, cfg, 32, default_collate, bad):
+            draws = [draw_mask(np.random.default_rng((0, int(i))), cfg) for i in numbers]  # the same for every seed
+            clips, draws = common.to_device(views[:, 0], default_collate(draws), device)  # (B, T, 3, H, W), (B, N)
+            still = clips[:, [cfg.num_frames // 2]].expand_as(clips)
+            with autocast:
+                if labeled:
+                    part.append((torch.stack([embed(model.encoder, x) for x in (clips, still)], 1), labels))
+                if source is val:
+                    loss, metrics = model(clips, draws)
+                    rows.append((len(clips), {k: v.item() for k, v in dict(loss=loss, **metrics).items()}))
+    common.note_bad({}, bad, sum(len(ids) for _, ids in sets), cfg)
+    found, rows = {}, sum(common.gather(rows), [])  # the batches of all processes
+    if labeled:
+        bank, queries = ([torch.cat(x).to(device) for x in zip(*sum(common.gather(part), []))] for part in parts)
+        for i, name in enumerate(("knn", "knn_still")):
+            found[name] = knn_accuracy(bank[0][:, i], bank[1], queries[0][:, i], queries[1])
     n = sum(count for count, _ in rows)
     return found | {f"val_{k}": sum(count * row[k] for count, row in rows) / n for k in rows[0][1]}
 

@@ -13,10 +13,8 @@ One training step, `VideoClassifier.forward`, for B videos, of each `repeats` au
 During training a video of val/ is judged by the center crop of its middle clip; with --eval, by the mean probability
 over `clips` clips, evenly spread, times `crops` square crops, evenly spread along the longer side.
 
-Differs from VideoMAE's code: the clip is cropped before it is augmented, not after; RandAugment is torchvision's, four
-operations with probability 1/2 each, without noise on the magnitude, which is 21 of 30 for timm's 7 of 10; erased
-places have the same noise in all frames; a clip takes every stride-th frame, where the code stretches 16 frames over
-64.
+Differs from VideoMAE's code: erased places have the same noise in all frames; during training a clip takes every
+stride-th frame, where the code stretches 16 frames over 64.
 
     python -m transfer.video --preset quick --init out/quick_videomae/encoder.pt         # generated videos, 2 CPU cores
     torchrun --nproc_per_node=8 -m transfer.video --data KINETICS --init out/encoder.pt --out_dir out/video
@@ -39,8 +37,9 @@ from torchvision.transforms import InterpolationMode, v2
 import common
 import videomae
 import videos
-from analyze import read_each
-from finetune import Erase, layer_groups
+from augment import Erase, RandAugment
+from evaluate import read_each
+from finetune import layer_groups
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Config(common.RunConfig):
     smoothing: float = 0.1  # [paper App. A] label smoothing
     mixup: float = 0.8  # [paper App. A] alpha of mixup; 0: none
     cutmix: float = 1.0  # [paper App. A] alpha of cutmix, which alternates with mixup at random; 0: none
-    rand_augment: float = 21.0  # [code] magnitude of RandAugment, of 30; 0: none
+    rand_augment: float = 7.0  # [code] magnitude of RandAugment, of 10; 0: none
     erase: float = 0.25  # [code] probability of random erasing
     crop_min: float = 0.08  # [code] smallest area of the random crop, fraction of the frame
     flip: bool = True  # [code] flip half of the clips; not for Something-Something
@@ -81,7 +80,7 @@ class Config(common.RunConfig):
         assert self.init or not self.eval, "--init is missing: model.pt of this script, for instance"
         for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min"):
             assert getattr(self, name) <= 1, f"--{name} must be at most 1"
-        assert self.rand_augment <= 30, "--rand_augment must be at most 30"
+        assert self.rand_augment <= 10, "--rand_augment must be at most 10"
 
 
 SIZES = dict(img_size=224, patch_size=16, num_frames=16, tubelet_size=2, stride=4, embed_dim=768, depth=12,
@@ -97,22 +96,36 @@ PRESETS = {
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
+class Framewise(nn.Module):
+    """Applies a random transform of images to all frames of a clip uint8 (T, 3, H, W), with the same random numbers."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, clip):
+        state, frames = torch.get_rng_state(), []
+        for frame in clip:
+            torch.set_rng_state(state)
+            frames.append(self.transform(frame))
+        return torch.stack(frames)
+
+
 class Samples(videomae.Samples):
     """Augmented copies of a clip uint8 (repeats, T, 3, S, S) with their labels (repeats,)."""
 
     def __init__(self, source, cfg):
         super().__init__(source, cfg, None)
-        fill = [round(255 * m) for m in common.MEAN]
-        augment = v2.RandAugment(1, int(cfg.rand_augment), interpolation=InterpolationMode.BILINEAR, fill=fill)
-        self.crop = v2.Compose([
+        twice = v2.Compose([RandAugment(cfg.rand_augment)] * 2)  # four operations, each with probability 1/2
+        self.augment = v2.Compose([
+            *([Framewise(twice)] if cfg.rand_augment else []),
             v2.RandomResizedCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC),
             *([v2.RandomHorizontalFlip()] if cfg.flip else []),
-            *([v2.RandomApply([augment], 0.5)] * 4 if cfg.rand_augment else []),
             *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, item, rng):
         clip, label = item
-        return torch.stack([self.crop(clip) for _ in range(self.cfg.repeats)]), torch.tensor([label] * self.cfg.repeats)
+        return torch.stack([self.augment(clip) for _ in range(self.cfg.repeats)]), torch.tensor([label] * self.cfg.repeats)
 
     def collate(self, batch):
         """-> clips uint8 (B * repeats, T, 3, S, S), labels (B * repeats,), unreadable files."""
