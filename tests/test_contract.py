@@ -3,7 +3,7 @@ What every method file must fulfill, and every fork of one:
 
     python -m pytest tests/test_contract.py --method mine.py
 
-Its main is run with `--preset quick` at tiny sizes, on a folder of 64 images.
+Its main is run with `--preset quick` at tiny sizes, on a folder of 64 images, or on generated videos.
 """
 import math
 import re
@@ -22,9 +22,14 @@ STEPS = 8  # 4 an epoch
 
 
 @pytest.fixture
-def run(method, images, monkeypatch):
+def data(method, images):
+    return f"--data {images}" if not hasattr(method, "videos") else f"--data motions --max_steps {STEPS}"
+
+
+@pytest.fixture
+def run(method, data, monkeypatch):
     def run(out, flags=""):
-        flags = f"{FLAGS} --data {images} --out_dir {out} {flags}"
+        flags = f"{FLAGS} {data} --out_dir {out} {flags}"
         monkeypatch.setattr(sys, "argv", [method.__file__, *flags.split()])
         method.main()
 
@@ -33,7 +38,7 @@ def run(method, images, monkeypatch):
 
 @pytest.fixture
 def parts(run, tmp_path, monkeypatch):
-    """What main gives to common.train -> cfg, model, images (8, 3, H, W), draws."""
+    """What main gives to common.train -> cfg, model, images (8, 3, H, W) or clips (8, T, 3, H, W), draws."""
     given = []
     with monkeypatch.context() as patch:
         patch.setattr(common, "train", lambda *args, **options: given.extend(args))
@@ -44,8 +49,8 @@ def parts(run, tmp_path, monkeypatch):
 
 
 def test_masks_are_permutations_that_depend_on_the_key(method, parts):
-    cfg, _, _, draws = parts
-    N = (cfg.img_size // cfg.patch_size) ** 2
+    cfg, model, _, draws = parts
+    N = math.prod(model.encoder.grid)
     assert (draws.sort(1).values == torch.arange(N)).all() and 0 < cfg.num_keep < N
     drawn = [[tuple(method.draw_mask(np.random.default_rng(seed), cfg)) for seed in range(20)] for _ in range(2)]
     assert drawn[0] == drawn[1] and len(set(drawn[0])) > 1
@@ -78,21 +83,23 @@ def test_a_run_stops_resumes_previews_and_exports(run, parts, tmp_path):
     assert (whole / "preview.png").stat().st_size > 10_000
 
     file = read(whole / "encoder.pt")
+    _, model, imgs, _ = parts
+    assert file["config"]["embed_dim"] == 16 and file["config"]["method"] == type(model).__name__.lower()
+    if imgs.ndim == 5:  # timm has no ViT for clips
+        return
     vit = timm.models.VisionTransformer(16, 4, embed_dim=16, depth=4, num_heads=2, num_classes=0)
     vit.load_state_dict(file["model"])
-    _, model, imgs, _ = parts
     model.load_state_dict(read(whole / "last.pt")["model"])
     encoder = getattr(model, "exported", model.encoder)
     with torch.no_grad():
         features = encoder.norm(encoder(imgs)[-1])
         torch.testing.assert_close(features, vit.eval().forward_features(imgs), atol=1e-5, rtol=0)
-    assert file["config"]["embed_dim"] == 16 and file["config"]["method"] == type(model).__name__.lower()
 
 
-def test_processes_and_micro_batches_change_nothing(method, images, tmp_path):
+def test_processes_and_micro_batches_change_nothing(method, data, tmp_path):
     runs = ("one", 1, ""), ("micro", 1, "--micro_batch 4 --recompute"), ("two", 2, "--micro_batch 4")
     for name, processes, more in runs:
-        flags = f"{FLAGS} --data {images} --out_dir {tmp_path / name} {more}"
+        flags = f"{FLAGS} {data} --out_dir {tmp_path / name} {more}"
         job = Run(flags, processes, path=ROOT / method.__file__)
         assert not any(job.wait()), job.output()
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / name), strict=True):

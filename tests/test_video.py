@@ -1,9 +1,6 @@
 """Videos against independent oracles: loops over tubes and views, timm's blocks, frames that show their own numbers."""
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from conftest import ROOT, Run, differences, log, steps
 from PIL import Image
 
 import common
@@ -20,7 +17,6 @@ import videomae
 import videos
 from transfer import video
 
-ROOT = Path(__file__).parent.parent
 SMALL = dict(img_size=16, patch_size=4, num_frames=6, stride=2, embed_dim=24, depth=6, num_heads=2, decoder_dim=16,
              decoder_heads=2, decoder_depth=1, mask_ratio=0.7, device="cpu", num_workers=0)
 
@@ -94,7 +90,8 @@ def test_parameter_counts():
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    one, four = (videomae.VideoMAE(videomae.Config(taps=taps)) for taps in ((12,), ()))
+    with torch.device("meta"):
+        one, four = (videomae.VideoMAE(videomae.Config(taps=taps)) for taps in ((12,), ()))
     assert (count(one), count(one.encoder), four.taps) == (94_210_944, 86_227_200, [6, 8, 10, 12])  # the official model
     assert count(four) == 94_210_944 + 3 * (94_210_944 - 86_227_200)
     names = set(one.encoder.state_dict())
@@ -232,11 +229,6 @@ def run(main, flags, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
-def steps(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if "loss" in line for name in ("loss", "grad_norm")]
-
-
 TUNE = "--preset quick --device cpu --num_workers 0 --log_every 1 --save_every 0 --batch_size 4 --base_lr 1 " \
        "--img_size 16 --patch_size 4 --num_frames 4 --stride 2 --embed_dim 16 --depth 2 --num_heads 2 --mixup 0.8 " \
        "--cutmix 1 --rand_augment 7 --erase 0.5 --repeats 2 --drop_path 0.1"
@@ -249,24 +241,35 @@ def test_tuning_resumes_bitwise_and_counts_broken_videos(folder, tmp_path, monke
     assert "unreadable" in out and "1.mp4: InvalidDataError" in out
     for stop in (1, 3, 4):
         run(video.main, f"{flags}/cut --max_steps {stop}", monkeypatch, capsys)
-    a, b = (common.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert a["step"] == 4 and len(a["bad"]) == 1
-    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    assert differences(tmp_path / "whole", tmp_path / "cut") == [] and steps(tmp_path / "cut") == [1, 2, 3, 4]
+    assert log(tmp_path / "cut")[-1]["val_videos"] == 8 and log(tmp_path / "cut")[-2]["unreadable"] == 1
 
 
-def test_processes_change_nothing(folder, tmp_path, monkeypatch, capsys):
-    flags = f"{TUNE} --mixup 0 --cutmix 0 --drop_path 0 --data {folder} --out_dir {tmp_path}"  # random by process
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    run(video.main, f"{flags}/one", monkeypatch, capsys)
-    subprocess.run([*torchrun, "transfer.video", *f"{flags}/two".split()], check=True, cwd=ROOT, env=env)
-    assert steps(tmp_path / "one") == pytest.approx(steps(tmp_path / "two"), rel=1e-3)
-    test = f"--eval --data {folder} --init {tmp_path}/one/model.pt --device cpu --num_workers 0 --clips 2"
-    one = run(video.main, test, monkeypatch, capsys).splitlines()[-1]
-    two = subprocess.run([*torchrun, "transfer.video", *test.split()], check=True, cwd=ROOT, env=env,
-                         capture_output=True, text=True).stdout.splitlines()[-1]
-    assert "val_videos 8" in one and one.split()[:4] == two.split()[:4]
-    assert float(one.split()[5]) == pytest.approx(float(two.split()[5]), rel=1e-5)
+def test_all_frames_are_augmented_alike():
+    frame = torch.randint(0, 256, (3, 24, 30), dtype=torch.uint8)
+    cfg = video.Config(img_size=16, rand_augment=7, erase=0.5, repeats=8)
+    copies, labels = video.Samples(None, cfg).sample((frame.expand(4, -1, -1, -1), 2), None)
+    assert copies.shape == (8, 4, 3, 16, 16) and (copies == copies[:, :1]).all() and labels.tolist() == [2] * 8
+    assert len({copy.numpy().tobytes() for copy in copies}) == 8
+
+
+def test_processes_change_nothing(folder, tmp_path):
+    def start(script, flags, processes, out):
+        job = Run(f"{flags} --data {folder} --out_dir {tmp_path / out}", processes, path=ROOT / script)
+        assert not any(job.wait()), job.output()
+        return job.output().splitlines()[-1]
+
+    tune = f"{TUNE} --mixup 0 --cutmix 0 --drop_path 0"  # which are random by process
+    pretrain = f"{TUNE.split('--mixup')[0]} --epochs 1 --warmup_epochs 0 --decoder_dim 16 --eval_every 1"
+    test = f"--eval --init {tmp_path}/1video/model.pt --device cpu --num_workers 0 --clips 2"
+    for script, flags in (("transfer/video.py", tune), ("videomae.py", pretrain)):
+        for n in (1, 2):
+            start(script, flags, n, f"{n}{Path(script).stem}")
+        for a, b in zip(*(log(tmp_path / f"{n}{Path(script).stem}") for n in (1, 2)), strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
+    one, two = (start("transfer/video.py", test, n, "eval").split() for n in (1, 2))
+    assert one[:4] == two[:4] and one[6:] == two[6:] == ["val_videos", "8"]
+    assert float(one[5]) == pytest.approx(float(two[5]), rel=1e-5)
 
 
 @torch.no_grad()
