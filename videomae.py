@@ -56,7 +56,7 @@ class Config(common.RunConfig):
     depth: int = 12  # [code] encoder blocks; ViT-L 24
     num_heads: int = 12  # [code] attention heads; ViT-S 6, ViT-L 16
     mask_ratio: float = 0.9  # [code] fraction of the places in a frame hidden from the encoder
-    taps: tuple[int, ...] = ()  # [paper Sec. 3] supervised blocks; none: depth * 1/2, 2/3, 5/6, 1, that is 6 8 10 12
+    taps: tuple[int, ...] = ()  # [paper Table 8] supervised blocks; none: depth * 1/2, 2/3, 5/6, 1, that is 6 8 10 12
     norm_pix: bool = True  # [code] normalize each tubelet and channel of the target
     decoder_depth: int = 4  # [code] blocks in each decoder
     decoder_dim: int = 384  # [code] width of the decoders; half the encoder's
@@ -372,9 +372,11 @@ def evaluate(model, cfg, device, autocast, samples):
     knn_still is kNN of the middle frame, repeated: what can be known without motion. Exact for any number of processes.
     """
     train, val, bad, rows = samples.source, videos.open_data(cfg, "val"), {}, []
-    sets = (train, choose(len(train), cfg.eval_images)), (val, choose(len(val), max(1, cfg.eval_images // 5)))
-    labeled, parts = train.classes != [""], ([], [])  # of train/ and val/: features (B, 2, D), labels (B,)
-    for part, (source, ids) in list(zip(parts, sets))[not labeled:]:  # all is read before processes talk, as in knn
+    labeled = train.classes != [""]
+    sets = [(train, choose(len(train), cfg.eval_images))] * labeled  # read before processes talk, as in evaluate.knn
+    sets += [(val, choose(len(val), max(1, cfg.eval_images // 5)))]
+    parts = [[] for _ in sets]  # of features (B, 2, D) and labels (B,)
+    for part, (source, ids) in zip(parts, sets):
         read = functools.partial(videos.read_views, source, cfg, 1, 1)
         for views, labels, numbers in read_each(read, source, ids, cfg, 32, default_collate, bad):
             draws = [draw_mask(np.random.default_rng((0, int(i))), cfg) for i in numbers]  # the same for every seed
