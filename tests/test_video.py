@@ -287,7 +287,7 @@ def test_views_and_their_average_equal_a_loop(tmp_path):
     model = video.VideoClassifier(cfg, 2).eval()
     torch.nn.init.normal_(model.head.weight)
     source, right, loss = videos.open_data(cfg, "val"), 0, 0
-    found = video.evaluate(model, cfg, torch.device("cpu"), torch.autocast("cpu", enabled=False), source, 5, 3)
+    found = video.evaluate(model, cfg, torch.device("cpu"), torch.autocast("cpu", enabled=False), None, 5, 3)
     for path, label in source.samples:
         frames = [np.asarray(Image.open(file)) for file in sorted(Path(path).iterdir())][::3]
         frames += [frames[-1]] * (4 - len(frames))

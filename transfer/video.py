@@ -23,6 +23,7 @@ stride-th frame, where the code stretches 16 frames over 64.
 import argparse
 import functools
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Config(common.RunConfig):
     num_heads: int = 0  # [code] 0: as in --init, else 12
     epochs: int = 75  # [paper App. A] VideoMAE 100 for ViT-B after 800 epochs
     warmup_epochs: float = 5.0  # [paper App. A] linear warm-up
-    batch_size: int = 512  # [VideoMAE Table 9] videos per optimizer step, over all processes
+    batch_size: int = 512  # [code] videos per optimizer step, over all processes
     repeats: int = 2  # [code] augmented copies of a video's clip in the batch, which do not count in batch_size
     base_lr: float = 1e-3  # [paper App. A] learning rate of the head = base_lr * batch_size / 256
     min_lr: float = 2e-6  # [code] learning rate at the end of the cosine
@@ -86,8 +87,6 @@ class Config(common.RunConfig):
 SIZES = dict(img_size=224, patch_size=16, num_frames=16, tubelet_size=2, stride=4, embed_dim=768, depth=12,
              num_heads=12)
 PRESETS = {
-    "base": dict(),
-    "large": dict(epochs=50, drop_path=0.2),  # [VideoMAE's code]
     "quick": dict(epochs=2, warmup_epochs=0.3, batch_size=32, repeats=1, base_lr=8e-3, min_lr=0.0, layer_decay=0.9,
                   drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erase=0.0, crop_min=0.8, clips=3, crops=1,
                   out_dir="out/quick_video"),
@@ -125,7 +124,8 @@ class Samples(videomae.Samples):
 
     def sample(self, item, rng):
         clip, label = item
-        return torch.stack([self.augment(clip) for _ in range(self.cfg.repeats)]), torch.tensor([label] * self.cfg.repeats)
+        copies = [self.augment(clip) for _ in range(self.cfg.repeats)]
+        return torch.stack(copies), torch.full((len(copies),), label)
 
     def collate(self, batch):
         """-> clips uint8 (B * repeats, T, 3, S, S), labels (B * repeats,), unreadable files."""
@@ -194,13 +194,16 @@ class VideoClassifier(videomae.ViT):
 
 
 def build(cfg, weights, num_classes):
-    """VideoClassifier with `weights`, if any; for training, with a new norm and head."""
+    """VideoClassifier with `weights`, if any, besides a head that is initialized anew for training."""
     model = VideoClassifier(cfg, num_classes)
     if weights:
-        anew = {} if cfg.eval else {k: v for k, v in model.state_dict().items() if k.startswith(("fc_norm.", "head."))}
-        common.load_weights(model, weights | anew, cfg.init)
-        unused = [k for k in weights if k not in model.state_dict()]
-        common.print0(f"{cfg.init}: {len(weights) - len(unused)} tensors used; left out: {unused[:4] or 'none'}")
+        own, head = model.state_dict(), () if cfg.eval else ("head.",)
+        used = {k: v for k, v in weights.items() if k in own and not k.startswith(head)}
+        anew = {k: v for k, v in own.items() if k not in used and k.startswith((*head, "fc_norm."))}
+        common.load_weights(model, used if cfg.eval else used | anew, cfg.init)
+        for what, names in (("used", used), ("initialized anew", anew), ("left out", weights.keys() - used)):
+            counts = Counter(sorted(name.split(".")[0] for name in names))
+            common.print0(f"{cfg.init}, tensors {what}: {', '.join(f'{k} ({n})' for k, n in counts.items()) or 'none'}")
     return model
 
 
@@ -213,13 +216,13 @@ def make_optimizer(model, cfg):
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, cfg, device, autocast, source, clips=1, crops=1):
-    """Classify every video of `source` once, by the mean probability over its views -> metrics by name."""
+def evaluate(model, cfg, device, autocast, samples=None, clips=1, crops=1):
+    """Classify every video of val/ once, by the mean probability over its views -> metrics by name."""
+    source = videos.open_data(cfg, "val")
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, videos
     read, batch_size = functools.partial(videos.read_views, source, cfg, clips, crops), max(1, 16 // (clips * crops))
-    for items in read_each(read, source, range(len(source)), cfg, batch_size=batch_size):
-        views, labels, _ = default_collate(items)  # (B, views, T, 3, S, S)
-        clip, labels = common.to_device(views.flatten(0, 1), labels, device)
+    for views, labels, _ in read_each(read, source, range(len(source)), cfg, batch_size, default_collate):
+        clip, labels = common.to_device(views.flatten(0, 1), labels, device)  # (B * views, T, 3, S, S), (B,)
         with autocast:
             logits = model.logits(clip).float()
         probability = logits.softmax(-1).unflatten(0, views.shape[:2]).mean(1)  # (B, C)
@@ -248,13 +251,9 @@ def main():
     torch.manual_seed(cfg.seed)
     model = build(cfg, weights, len(val.classes))
     if not cfg.eval:
-        return common.train(cfg, model, Samples(train, cfg), make_optimizer,
-                            evaluate=lambda model, cfg, device, autocast, samples:
-                            evaluate(model, cfg, device, autocast, val))
-    metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val, cfg.clips, cfg.crops)
+        return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
+    metrics = evaluate(model.to(device).eval(), cfg, device, autocast, clips=cfg.clips, crops=cfg.crops)
     common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
-    if common.WORLD > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
