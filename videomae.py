@@ -61,7 +61,7 @@ class Config(common.RunConfig):
     decoder_depth: int = 4  # [code] blocks in each decoder
     decoder_dim: int = 384  # [code] width of the decoders; half the encoder's
     decoder_heads: int = 6  # [code] heads of the decoders
-    epochs: int = 800  # [paper Sec. 5] as VideoMAE's run that is compared
+    epochs: int = 800  # [paper Sec. 5.1] as the VideoMAE that it is compared with
     warmup_epochs: float = 40.0  # [paper App. A] linear warm-up
     batch_size: int = 1024  # [paper App. A] clips per optimizer step, over all processes
     base_lr: float = 1.5e-4  # [paper App. A] learning rate = base_lr * batch_size / 256
@@ -136,7 +136,7 @@ def unshuffle(visible, masked, ids_shuffle):
 
 
 def sine_pos_embed(dim, N):
-    """Fixed table (1, N, dim) over the tubelets in one row: sin and cos take turns, unlike MAE's."""
+    """Fixed table (1, N, dim) over the N tubelets in one row, unlike MAE's, with sin and cos interleaved."""
     omega = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = torch.arange(N, dtype=torch.float64).unsqueeze(1) * omega  # (N, dim/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1).float().unsqueeze(0)
