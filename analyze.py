@@ -105,7 +105,7 @@ def grid_distances(grid):
 def attention_distance(A, vit):
     """sum_j A_ij d_ij, mean over queries i -> (2, B, heads): with rows rescaled to sum to 1, and as they are.
 
-    Between patches alone: what goes to [CLS], much in MAE, has no distance. [Dosovitskiy 2021, App. D.7]
+    Between patches alone: what goes to [CLS], much in MAE, has no distance. [Dosovitskiy 2021]
     """
     A, d = A[:, :, 1:, 1:], vit.patch_size * grid_distances(vit.grid).to(A)  # (B, heads, N, N), (N, N) in pixels
     total = (A * d).sum(-1)  # (B, heads, N)
@@ -140,7 +140,7 @@ def draw_heads(measure, names, cfg, path):
 
 
 def hsic(K, L):
-    """Unbiased HSIC_1 of Gram matrices (a, n, n) and (b, n, n) -> (a, b). [Nguyen 2021, Eq. 3]
+    """Unbiased HSIC_1 of Gram matrices (a, n, n) and (b, n, n) -> (a, b). [Nguyen 2021]
 
     The biased HSIC makes CKA of independent features nearly 1 if they have more channels than there are images.
     """
@@ -152,7 +152,7 @@ def hsic(K, L):
 
 
 def cka_from(batches):
-    """Gram matrices (a, n, n) of each batch -> CKA between any two of a features (a, a). [Nguyen 2021, Eq. 2]"""
+    """Gram matrices (a, n, n) of each batch -> CKA between any two of a features (a, a). [Nguyen 2021]"""
     found = sum(hsic(grams, grams) for grams in batches)
     return found / found.diagonal().outer(found.diagonal()).sqrt()
 
