@@ -229,9 +229,9 @@ def run(main, flags, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
-TUNE = "--preset quick --device cpu --num_workers 0 --log_every 1 --save_every 0 --batch_size 4 --base_lr 1 " \
-       "--img_size 16 --patch_size 4 --num_frames 4 --stride 2 --embed_dim 16 --depth 2 --num_heads 2 --mixup 0.8 " \
-       "--cutmix 1 --rand_augment 7 --erase 0.5 --repeats 2 --drop_path 0.1"
+TUNE = "--preset quick --device cpu --num_workers 0 --log_every 1 --save_every 0 --epochs 2 --batch_size 4 " \
+       "--base_lr 1 --img_size 16 --patch_size 4 --num_frames 4 --stride 2 --embed_dim 16 --depth 2 --num_heads 2 " \
+       "--mixup 0.8 --cutmix 1 --rand_augment 7 --erase 0.5 --repeats 2 --drop_path 0.1"
 
 
 def test_tuning_resumes_bitwise_and_counts_broken_videos(folder, tmp_path, monkeypatch, capsys):
