@@ -87,7 +87,7 @@ class Config(common.RunConfig):
 SIZES = dict(img_size=224, patch_size=16, num_frames=16, tubelet_size=2, stride=4, embed_dim=768, depth=12,
              num_heads=12)
 PRESETS = {
-    "quick": dict(epochs=3, warmup_epochs=0.3, batch_size=32, repeats=1, base_lr=2e-2, min_lr=0.0, layer_decay=0.9,
+    "quick": dict(epochs=3, warmup_epochs=0.3, batch_size=32, repeats=1, base_lr=8e-3, min_lr=0.0, layer_decay=0.9,
                   drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erase=0.0, crop_min=0.8, clips=3, crops=1,
                   out_dir="out/quick_video"),
 }
