@@ -163,7 +163,8 @@ def cka(cfg, path):
     for label, vit, batches in open_encoders(cfg, 128):
         grams[label] = []
         for imgs in batches:
-            features = (x[:, 1:].flatten(1).cpu().double() for x in vit(imgs))  # float32 would lose digits
+            outputs = vit(imgs, taps=range(len(vit.blocks)))
+            features = (x[:, 1:].flatten(1).cpu().double() for x in outputs)  # float32 would lose digits
             grams[label].append(torch.stack([x @ x.T for x in features]))
         if len(imgs) < 4:
             sys.exit("cka needs at least 4 images, better 100")
@@ -308,7 +309,7 @@ def reconstruction(cfg, path):
         if hasattr(model, "pixel_decoder"):
             shown |= block_pictures(model, imgs, draws)
     for title, x in shown.items():
-        if title.startswith(("input", "masked", "target", "teacher")):
+        if title.startswith(("input", "masked", "true", "target", "teacher")):
             panels[title] = target = x
         elif title.startswith(("block", "student")):
             panels[title], error = x, (1 - F.cosine_similarity(x, target, dim=-1)) * x.any(-1)  # (B, h, w)

@@ -11,11 +11,11 @@ from torchvision.transforms import v2
 import common
 
 
-class FirstCrop(v2.RandomResizedCrop):
+class FirstCrop(common.Crop):
     """Takes the first draw, cut to the image; torchvision draws again until one fits. [code: MAE, BYOL]"""
 
     def make_params(self, inputs):
-        H, W = inputs[0].shape[-2:]
+        H, W = v2.query_size(inputs)
         area = H * W * torch.empty(()).uniform_(*self.scale).item()
         ratio = math.exp(torch.empty(()).uniform_(*map(math.log, self.ratio)).item())
         h, w = min(H, round(math.sqrt(area / ratio))), min(W, round(math.sqrt(area * ratio)))

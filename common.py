@@ -23,7 +23,6 @@ import argparse
 import atexit
 import contextlib
 import difflib
-import fcntl
 import functools
 import inspect
 import json
@@ -37,7 +36,7 @@ import zipfile
 from collections import ChainMap
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -46,12 +45,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sources import Folder, name_of, open_data, to_rgb  # noqa: F401, for scripts
+from sources import MEAN, STD, Crop, Folder, draft, mean_std, name_of, open_data, planar, to_rgb  # noqa: F401
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
 DATA_TIMEOUT = 300  # seconds after which a batch that does not come ends the run
@@ -66,11 +64,11 @@ class RunConfig:
     out_dir: str = "out"  # [ours] checkpoints, log, and pictures; the same command resumes the run found there
     init: str = ""  # [ours] start from the encoder weights in this file
     seed: int = 0  # [ours] of everything random
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # [ours] auto: CUDA if there is a GPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # [ours] auto: CUDA if there is a GPU; mps is not tested
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # [ours] auto: bf16 autocast on GPUs that support it
     compile: bool = False  # [ours] torch.compile each block
     recompute: bool = False  # [ours] save memory: keep blocks' inputs only, and compute the rest again in the backward
-    micro_batch: int = 0  # [ours] images per process and forward pass; 0: batch_size / processes, no accumulation
+    micro_batch: int | Literal["auto"] = 0  # [ours] images per process and pass; 0: all; auto: what the GPU holds
     num_workers: int = min(10, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))  # [ours] data workers per process
     clip_grad: float = 0.0  # [ours] largest gradient norm; 0: no clipping
     max_steps: int = 0  # [ours] stop and save after this many steps; the schedule still spans all epochs
@@ -101,17 +99,18 @@ def parse(Config, presets, doc="", argv=None):
                         help="[ours] replaces defaults, as listed at the end; of several, later ones win")
     for f in fields(Config):
         kind, args = get_origin(f.type) or f.type, get_args(f.type)
-        if f.name not in helps or kind not in (bool, int, float, str, tuple, Literal):
+        if f.name not in helps or kind not in (bool, int, float, str, tuple, Literal, Union):
             sys.exit(f"Config.{f.name} needs a type that a flag can have (bool, int, float, str, tuple[float, ...], "
                      "Literal), and at the end of its line, after two spaces, a comment, the flag's help")
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="*", type=args and args[0]),
+               Union: dict(type=lambda x: x if x == "auto" else int(x)),  # --micro_batch
                Literal: dict(choices=args)}.get(kind, dict(type=kind))
         text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = [k for k in helps if k.endswith(unknown[0].strip("-"))] + difflib.get_close_matches(unknown[0], helps)
-        parser.error(f"unknown {unknown[0]}" + f"; did you mean --{near[0]}?" * bool(near))
+        parser.error(f"unknown {unknown[0]}" + "".join(f"; did you mean --{name}?" for name in near[:1]))
     given = dict(ChainMap(vars(given), *(presets[name] for name in reversed(vars(given).pop("preset")))))
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
@@ -129,6 +128,9 @@ def print0(message):
             sys.stdout = None
 
 
+print_once = functools.cache(print0)
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 class Samples(Dataset):
@@ -136,9 +138,7 @@ class Samples(Dataset):
 
     def __init__(self, source, cfg, draw=None):
         self.source, self.cfg, self.draw = source, cfg, draw
-        self.crop = v2.Compose([
-            v2.RandomResizedCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip()])
+        self.crop = v2.Compose([Crop(cfg.img_size, (cfg.crop_min, 1.0)), v2.RandomHorizontalFlip()])
 
     def __getitem__(self, key):
         """-> what `sample` returns, and the unreadable files: name -> reason."""
@@ -155,12 +155,12 @@ class Samples(Dataset):
         sys.exit(f"20 unreadable images in a row: {bad}")
 
     def read(self, index):
-        """-> uint8 (3, H, W), label. An error here means a broken file."""
+        """-> crop uint8 (3, S, S), label. An error here means a broken file."""
         image, label = self.source[index]
-        return to_rgb(image), label
+        return self.crop(image), label
 
     def sample(self, item, rng):
-        return self.crop(item[0]), self.draw(rng, self.cfg)
+        return item[0], self.draw(rng, self.cfg)
 
     def collate(self, batch):
         """-> images uint8 (B, 3, H, W), draws (B, ...), unreadable files."""
@@ -200,17 +200,11 @@ def make_loader(dataset, cfg, collate_fn, **options):
                       pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
-@functools.cache  # copied to the device once: a copy per step would wait for the GPU
-def mean_std(device):
-    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
-
-
 def to_device(imgs, draws, device):
     """uint8 images (B, 3, H, W) -> normalized, on the device, with their draws. Either may be a list of tensors."""
     mean, std = mean_std(device)
-    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
-    imgs = tree_map_only(torch.Tensor, lambda x: (move(x).float() / 255 - mean) / std, imgs)
-    return imgs, tree_map_only(torch.Tensor, move, draws)
+    imgs, draws = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), (imgs, draws))
+    return tree_map_only(torch.Tensor, lambda x: (x.float() / 255 - mean) / std, imgs), draws
 
 
 # --- optimizer and schedule -------------------------------------------------------------------------------------------
@@ -242,7 +236,7 @@ def replacing(path):
     temporary = path.with_stem(f"{path.stem}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows does not flush what is open for reading alone
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -252,9 +246,9 @@ def replacing(path):
 def load(path):
     """Read a file of torch.save, tensors and plain values. Ends the program on damage, which torch.load overlooks."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, torch.serialization.safe_globals([argparse.Namespace]):  # MAE's flags
             assert archive.testzip() is None, "flipped bits"
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         sys.exit(f"{path} is missing, damaged, or no checkpoint of tensors and plain values: {str(error):.80}")
 
@@ -273,8 +267,8 @@ def load_weights(module, weights, path):
 def init_encoder(encoder, cfg):
     """--init: encoder.pt, or a ViT under timm's names. A resumed run does not need the file."""
     if cfg.init and not any((Path(cfg.out_dir) / name).exists() for name in ("last.pt", "last.prev.pt")):
-        file = load(cfg.init)
-        load_weights(encoder, file.get("model", file), cfg.init)
+        from vit_files import load_encoder
+        load_encoder(encoder, cfg.init)
 
 
 def describe(cfg, model, source):
@@ -310,11 +304,13 @@ def resume(model, about, last):
 def open_log(path):
     """log.jsonl of the first process, locked: a second run in the same folder is refused."""
     file = open(path if RANK == 0 else os.devnull, "a+b", buffering=0)
-    try:
-        if RANK == 0:
+    file.seek(0)  # to read; what is written is appended
+    if RANK == 0 and hasattr(os, "fork"):  # Windows has no fcntl: no lock there
+        import fcntl
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        sys.exit(f"another run is writing to {path.parent.absolute()}; choose another --out_dir")
+        except (BlockingIOError, PermissionError):
+            sys.exit(f"another run is writing to {path.parent.absolute()}; choose another --out_dir")
     return file
 
 
@@ -324,6 +320,8 @@ def write_log(log, **line):
     line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     with contextlib.suppress(OSError):  # disk full: the next save warns
         log.write(json.dumps(line).encode() + b"\n")
+    if line.get("data_wait", 0) > 0.2:
+        print_once("hint: data are slow; raise --num_workers, use a local disk, or shrink (python -m results.shrink)")
 
 
 def save(out, model, optimizer, samples, device, autocast, **state):
@@ -361,7 +359,9 @@ def setup(cfg):
                                 device_id=torch.device("cuda", LOCAL_RANK) if cuda else None)
         atexit.register(dist.destroy_process_group)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and cuda and torch.cuda.is_bf16_supported(False)
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    torch.backends.cuda.enable_flash_sdp(cuda or not bf16)  # CPUs are slow at it in bf16: 1.4 times ViT-tiny's step
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(not cuda)
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("mps" if cfg.device == "mps" else "cpu")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -390,9 +390,9 @@ def explained():
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a worker that died while it sent
         if isinstance(error, RuntimeError) and not re.search("^DataLoader|^CUDA out of|shared memory", str(error)):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for a worker that dies late
-        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or give --micro_batch a "
-                 "smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)  # torch's raises if workers die late
+        sys.exit(str(error).strip().splitlines()[-1] + "\nIf GPU memory is full, --recompute, or --micro_batch auto or "
+                 "a smaller divisor of batch_size / processes; if main memory or /dev/shm is, lower --num_workers")
 
 
 @explained()
@@ -405,9 +405,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if cfg.eval_every and not evaluate:
         from evaluate import evaluate_encoder as evaluate
     device, autocast = setup(cfg)
-    out, n, micro = Path(cfg.out_dir), len(samples.source), cfg.micro_batch or max(1, cfg.batch_size // WORLD)
-    accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
-    steps_per_epoch = n // cfg.batch_size
+    out, n, steps_per_epoch = Path(cfg.out_dir), len(samples.source), len(samples.source) // cfg.batch_size
+    micro = max(1, cfg.batch_size // WORLD) if cfg.micro_batch in (0, "auto") else cfg.micro_batch
     if cfg.batch_size % (micro * WORLD) or not steps_per_epoch:
         sys.exit(f"--batch_size {cfg.batch_size} is no multiple of {micro} x {WORLD} processes, or above {n} images")
     total = getattr(cfg, "iterations", 0) or steps_per_epoch * cfg.epochs
@@ -423,12 +422,15 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if len(set(gather((step, n)))) > 1:
         sys.exit("the processes see different --data or --out_dir")
     if RANK == 0:  # whole lines of the log as it was at that step; a power failure may have torn its end
-        log.seek(log.truncate(os.pread(log.fileno(), state["log"], 0).rfind(b"\n") + 1))
-    model.to(device)
+        log.seek(log.truncate(log.read(state["log"]).rfind(b"\n") + 1))
+    wrap_blocks(model.to(device), cfg)
+    if cfg.micro_batch == "auto" and device.type == "cuda":
+        from evaluate import largest_batch
+        micro = largest_batch(model, cfg, device, autocast, samples, optimizer)
+    accumulate = cfg.batch_size // (micro * WORLD)  # micro-batches per process and step
     optimizer = optimizer(model, cfg)
     if step:
         optimizer.load_state_dict(state.pop("optimizer"))
-    wrap_blocks(model, cfg)
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
     ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
     loader = iter(make_loader(samples, cfg, samples.collate, batch_sampler=batches(n, cfg, micro, step, stop)))
@@ -437,11 +439,11 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
            f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")
 
     signals = []  # a handler only notes the signal: the loop finishes the step, saves, and exits
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):  # Windows has two
         signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=stop * cfg.batch_size, initial=step * cfg.batch_size, unit=" images", unit_scale=True,
                disable=RANK > 0 or not (sys.stderr and sys.stderr.isatty()))
-    caught, saved, started = 0, True, time.perf_counter()
+    caught, saved, start = 0, True, time.perf_counter()
     logged, busy, waited, sums = step, 0.0, 0.0, 0  # since the last line of the log
     while True:
         # Evaluate after saving: a signal then loses nothing. Step 0, the baseline, is of interest in pretraining only.
@@ -497,9 +499,8 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
             note_bad(bad, new_bad, n, cfg)
             memory = dict(peak_gib=torch.cuda.max_memory_allocated() / 2**30) if device.type == "cuda" else {}
             write_log(log, step=step, epoch=step / steps_per_epoch, **dict(zip(metrics, means.tolist())),
-                      lr=lr, unreadable=len(bad), data_wait=waited / busy,
-                      images_per_s=(step - logged) * cfg.batch_size / busy, **memory,
-                      minutes=(time.perf_counter() - started) / 60,
+                      lr=lr, unreadable=len(bad), data_wait=waited / busy, **memory,
+                      images_per_s=(step - logged) * cfg.batch_size / busy, minutes=(time.perf_counter() - start) / 60,
                       minutes_left=busy / 60 / (step - logged) * (stop - step))
             logged, busy, waited, sums = step, 0.0, 0.0, 0
         if step == stop or caught or step % save_steps == 0:

@@ -81,9 +81,9 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_vit(self)
-        assert self.K <= self.depth, f"--K {self.K} is above --depth {self.depth}"
+        K, deep = self.K, {self.pixel, self.feature} & {"ds", "dds"}
+        assert K <= self.depth or not deep, f"--K {K} is above --depth {self.depth}"
         assert {self.pixel, self.feature} != {"none"}, "--pixel none --feature none leaves nothing to learn from"
-        K = self.K
         for name, counts in dict(beta_init=(1, K), loss_scale=(1, K), reg=(0, 1, K), momentum=(1, 3)).items():
             assert len(getattr(self, name)) in counts, f"--{name} takes {' or '.join(map(str, counts))} values"
 
@@ -169,8 +169,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def attend(self, x, first):
-        q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        q, k, v = (t.transpose(1, 2) for t in self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)  # (B, heads, T, d)
         return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
@@ -200,16 +200,20 @@ class ViT(nn.Module):
         proj = self.patch_embed.proj
         return F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # in the order of `patchify`
 
-    def forward(self, imgs, ids_keep=None):
-        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output (B, 1 + V, D), before `norm`."""
+    def forward(self, imgs, ids_keep=None, taps=(), folds=1):
+        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> outputs of the blocks in `taps`, counted from 1, and of
+        the last, before `norm`: (B, 1 + V, D), or (B * folds, 1 + V / folds, D) if folds do not see each other."""
         patches, pos = patchify(imgs, self.patch_size), self.pos_embed[:, 1:]  # (B, N, P), (1, N, D)
         if ids_keep is not None:
             patches, pos = take(patches, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
-        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D), [CLS] first
-        for block in self.blocks:
-            outputs.append(block(outputs[-1]))
-        return outputs[1:]
+        x = (self.embed(patches) + pos).unflatten(1, (folds, -1)).flatten(0, 1)  # (B * folds, V / folds, D)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x, outputs = torch.cat((cls, x), 1), []  # [CLS] first
+        for g, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if g in taps or g == len(self.blocks):
+                outputs.append(x)
+        return outputs
 
 
 class Decoder(nn.Module):
@@ -251,17 +255,17 @@ def block_mask(rng, grid, num_mask):
     h, w = grid
     mask, missing, smallest = np.zeros(grid, bool), num_mask, max(1.0, 16 * h * w / 196)
     while missing:
-        area = rng.uniform(*sorted((smallest, missing)))  # the last ones may be too large, and are rejected below
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        low, high = sorted((smallest, missing))  # the last ones may be too large, and are rejected below
+        area, aspect = low + (high - low) * rng.random(), 0.3 ** (1 - 2 * rng.random())
         rows, cols = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if not (0 < rows < h and 0 < cols < w):
-            continue
-        top, left = rng.integers(h - rows, endpoint=True), rng.integers(w - cols, endpoint=True)
-        block = mask[top:top + rows, left:left + cols]
-        new = rows * cols - np.count_nonzero(block)
-        if new <= missing:
-            block[:] = True
-            missing -= new
+        if 0 < rows < h and 0 < cols < w:
+            bits = rng.bit_generator.random_raw()  # 64; rng.integers uses 32 each in the same way, but takes longer
+            top, left = (bits % 2**32) * (h - rows + 1) >> 32, (bits >> 32) * (w - cols + 1) >> 32
+            block = mask[top:top + rows, left:left + cols]
+            new = rows * cols - block.tobytes().count(1)
+            if new <= missing:
+                block.fill(True)
+                missing -= new
     return mask
 
 
@@ -363,10 +367,8 @@ class DDAE(nn.Module):
             metrics |= dict(feature=error.mean((1, 2)), target_std=target_std)
         loss += cfg.reg_batch * (self.reg * excess.mean(1)).sum()  # Eq. 6; Algorithm 1 sums over the batch
         metrics |= dict(beta=self.beta, weight=weight.mean((1, 2)))
-        logged = {}
-        for name, values in metrics.items():  # a value per supervised block
-            logged |= {f"{name}/{g}": x.detach() for g, x in zip(self.taps[-len(values):], values)}
-        return loss, logged
+        return loss, {f"{name}/{g}": x.detach() for name, values in metrics.items()
+                      for g, x in zip(self.taps[-len(values):], values)}  # a value per supervised block
 
     def weighted(self, error, weight, kind):
         """Sum over blocks of the mean weighted error: error (K, B, M), or (1, B, M) of the last block -> ()."""
@@ -381,14 +383,12 @@ class DDAE(nn.Module):
 
     def encode(self, imgs, ids_keep):
         """Latents of the K supervised blocks, each through the encoder's final norm -> (K, B, 1 + V, D)."""
-        outputs = self.encoder(imgs, ids_keep)
-        return self.encoder.norm(torch.stack([outputs[g - 1] for g in self.taps]))
+        return self.encoder.norm(torch.stack(self.encoder(imgs, ids_keep, self.taps)))
 
     @torch.no_grad()
     def targets(self, imgs, ids_mask):
         """Teacher's features of the masked patches, normalized -> (K, B, M, D); their deviation before that -> (K,)."""
-        outputs = self.teacher(imgs)
-        target = torch.stack([take(outputs[g - 1][:, 1:], ids_mask) for g in self.taps]).float()
+        target = torch.stack([take(x[:, 1:], ids_mask) for x in self.teacher(imgs, taps=self.taps)]).float()
         return F.layer_norm(target, target.shape[-1:], eps=1e-6), target.flatten(1, 2).std(1, correction=0).mean(1)
 
     @torch.no_grad()

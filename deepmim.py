@@ -174,8 +174,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def attend(self, x, first):
-        q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        q, k, v = (t.transpose(1, 2) for t in self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)  # (B, heads, T, d)
         return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
@@ -205,16 +205,20 @@ class ViT(nn.Module):
         proj = self.patch_embed.proj
         return F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # in the order of `patchify`
 
-    def forward(self, imgs, ids_keep=None):
-        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output (B, 1 + V, D), before `norm`."""
+    def forward(self, imgs, ids_keep=None, taps=(), folds=1):
+        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> outputs of the blocks in `taps`, counted from 1, and of
+        the last, before `norm`: (B, 1 + V, D), or (B * folds, 1 + V / folds, D) if folds do not see each other."""
         patches, pos = patchify(imgs, self.patch_size), self.pos_embed[:, 1:]  # (B, N, P), (1, N, D)
         if ids_keep is not None:
             patches, pos = take(patches, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
-        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D), [CLS] first
-        for block in self.blocks:
-            outputs.append(block(outputs[-1]))
-        return outputs[1:]
+        x = (self.embed(patches) + pos).unflatten(1, (folds, -1)).flatten(0, 1)  # (B * folds, V / folds, D)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x, outputs = torch.cat((cls, x), 1), []  # [CLS] first
+        for g, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if g in taps or g == len(self.blocks):
+                outputs.append(x)
+        return outputs
 
 
 class Decoder(nn.Module):
@@ -361,20 +365,18 @@ class DeepMIM(nn.Module):
         ids_shuffle = self.shuffle(imgs, draws)  # (B, N)
         target = self.targets(imgs, ids_shuffle)  # (1 or K, B, M, C)
         pred = self.decode(self.encode(imgs, ids_shuffle[:, :cfg.num_keep]), ids_shuffle)  # (K, B, M, C)
-        error = per_patch_error(pred, target, cfg.target)  # (K, B, M)
-        error = error.mean((1, 2))  # (K,)
+        error = per_patch_error(pred, target, cfg.target).mean((1, 2))  # (K,)
         return error.sum(), {f"{cfg.target}/{g}": x for g, x in zip(self.taps, error.detach())}  # Eq. 2
 
     def encode(self, imgs, ids_keep):
         """Latents of the K supervised blocks, the last through the final norm, as in the code -> (K, B, 1 + V, D)."""
-        outputs = self.encoder(imgs, ids_keep)
-        return torch.stack([outputs[g - 1] for g in self.taps[:-1]] + [self.encoder.norm(outputs[-1])])
+        *outputs, last = self.encoder(imgs, ids_keep, self.taps)
+        return torch.stack([*outputs, self.encoder.norm(last)])
 
     def decode(self, latent, ids_shuffle):
         """latent (K, B, 1 + V, D) -> predictions for the masked patches (K, B, M, C)."""
-        if self.cfg.shared_decoder:
-            return self.decoders[0](latent, ids_shuffle)
-        return torch.cat([decoder(x, ids_shuffle) for decoder, x in zip(self.decoders, latent.split(1))])
+        parts = latent.split(len(latent) // len(self.decoders))  # one block each, or all for a shared decoder
+        return torch.cat([decoder(x, ids_shuffle) for decoder, x in zip(self.decoders, parts)])
 
     def shuffle(self, imgs, draws):
         """What `draw_mask` drew -> ids_shuffle (B, N), by the mask network for semantic masks."""

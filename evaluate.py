@@ -2,18 +2,24 @@
 What training shows of a model besides its loss: kNN accuracy and validation loss (--eval_every), and preview.png.
 The reading of images for evaluation, which finetune.py, transfer/, and analyze.py share, is here as well.
 """
+import contextlib
+import copy
+import csv
 import functools
 import sys
 from collections import ChainMap
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, default_collate
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import InterpolationMode, v2
 
 import common
@@ -24,9 +30,24 @@ import common
 def read_center(source, cfg, i):
     """Resize the shorter side to img_size / crop_pct and cut out the center -> uint8 (3, S, S), label, i."""
     image, label = source[i]
-    side = [round(cfg.img_size / getattr(cfg, "crop_pct", 1.0))]  # pretraining does not crop
-    image = v2.functional.resize(common.to_rgb(image), side, InterpolationMode.BICUBIC)
-    return v2.functional.center_crop(image, [cfg.img_size]), label, i
+    side = round(cfg.img_size / getattr(cfg, "crop_pct", 1.0))  # pretraining does not crop
+    common.draft(image, 2 * side / min(image.size))  # twice as large: a crop in training may be blurred, but not this
+    image = v2.functional.resize(common.to_rgb(image), [side], InterpolationMode.BICUBIC)
+    return common.planar(v2.functional.center_crop(image, [cfg.img_size])), label, i
+
+
+class Photos(Dataset):
+    """An image file, or those in a folder and below, sorted; turned as their EXIF says: [i] -> PIL image, 0."""
+
+    def __init__(self, path):
+        files = [f for f in Path(path).rglob("*") if is_image_file(f.name) and f.name[0] != "."]
+        self.samples = [(str(f), 0) for f in sorted(files) or [path]]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return ImageOps.exif_transpose(Image.open(self.samples[i][0])), 0
 
 
 class Attempt(Dataset):
@@ -84,27 +105,50 @@ def sync_buffers(model):
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def embed(encoder, source, ids, cfg, device, autocast, bad=None):
-    """Mean patch features of the last block, of length 1, for this process's share of `ids` -> (n, D), labels (n,)."""
-    parts = [(torch.empty(0, cfg.embed_dim), torch.empty(0, dtype=torch.long))]
-    read = functools.partial(read_center, source, cfg)
-    for imgs, labels, _ in read_each(read, source, ids, cfg, collate=default_collate, bad=bad):
-        with autocast:
-            tokens = encoder.norm(encoder(common.to_device(imgs, labels, device)[0])[-1])  # (B, 1 + N, D)
-        parts.append((F.normalize(tokens[:, 1:].float().mean(1)).cpu(), labels))
-    return [torch.cat(x) for x in zip(*parts)]
+def outputs(f, cfg, device, autocast, *sets):
+    """f of the center crops of images, in all processes; sets: (source, ids) -> for each, f's rows, labels, numbers.
+
+    All sets are read before processes talk: a fork beside busy threads may hang. In order of the images' numbers.
+    """
+    bad, parts = {}, []
+    for source, ids in sets:
+        parts.append([])
+        read = functools.partial(read_center, source, cfg)
+        for imgs, labels, numbers in read_each(read, source, ids, cfg, collate=default_collate, bad=bad):
+            with autocast:
+                rows = f(common.to_device(imgs, labels, device)[0]).float()
+            if not rows.isfinite().all():
+                sys.exit(f"outputs of the model are not finite, --init {cfg.init}; try --precision fp32")
+            parts[-1].append((rows.cpu(), labels, numbers))
+    common.note_bad({}, bad, sum(len(ids) for _, ids in sets), cfg)
+    found = []
+    for batches in zip(*common.gather(parts)):  # of one set, by process
+        rows, labels, numbers = (torch.cat(x) for x in zip(*sum(batches, [])))
+        order = numbers.argsort()
+        found.append((rows[order], labels[order], numbers[order]))
+    return found
+
+
+def embed(encoder, imgs):
+    """imgs (B, 3, H, W) -> mean patch feature and [CLS] of the last block, after `norm` (B, 2, D)."""
+    tokens = encoder.norm(encoder(imgs)[-1]).float()  # (B, 1 + N, D)
+    return torch.stack((tokens[:, 1:].mean(1), tokens[:, 0]), 1)
+
+
+def standard_error(percent, n):
+    """Of a fraction of n images, in percent like the fraction itself."""
+    return (percent * (100 - percent) / n) ** 0.5
 
 
 def knn(encoder, cfg, device, autocast, *sets):
-    """kNN accuracy in percent and numbers of images, in all processes; sets: (source, ids) of train/, then of val/.
+    """Accuracy by mean patch features, in all processes; sets: (source, ids) of train/, then of val/. -> by name
 
-    Weighted as in DINO, k = 20. Both sets are read before processes talk: a fork beside busy threads may hang.
+    Weighted vote of the nearest neighbors as in DINO, k = 20.
     """
-    bad = {}
-    parts = [embed(encoder, source, ids, cfg, device, autocast, bad) for source, ids in sets]
-    common.note_bad({}, bad, sum(len(ids) for _, ids in sets), cfg)
-    bank, queries = ([torch.cat(x).to(device) for x in zip(*part)] for part in zip(*common.gather(parts)))
-    return dict(knn=knn_accuracy(*bank, *queries), val_images=len(queries[0]), train_images=len(bank[0]))
+    parts = outputs(functools.partial(embed, encoder), cfg, device, autocast, *sets)
+    bank, queries = ((F.normalize(x[:, 0]).to(device), labels.to(device)) for x, labels, _ in parts)
+    found, n = knn_accuracy(*bank, *queries), len(queries[0])
+    return dict(knn=found, knn_se=standard_error(found, n), val_images=n, train_images=len(bank[0]))
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
@@ -116,6 +160,45 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
         votes.scatter_add_(1, bank_labels[ids], (similarity / temperature).exp())
         right += (votes.argmax(1) == truth).sum().item()
     return 100 * right / len(queries)
+
+
+def probe(encoder, cfg, device, autocast, *sets):
+    """Accuracy of logistic regression on mean patch features and [CLS]; arguments and result as of `knn`.
+
+    The L2 strength is the one of the lowest loss on a fifth of train/, which is then fitted as a whole.
+    """
+    (x, y), (queries, labels) = ((x.flatten(1).to(device), labels.to(device)) for x, labels, _ in outputs(
+        functools.partial(embed, encoder), cfg, device, autocast, *sets))  # (n, 2D), (n,)
+    mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    x, queries = (x - mean) / std, (queries - mean) / std
+    order, head = choose(len(x), 0), nn.Linear(x.shape[1], 1 + int(max(y.max(), labels.max()))).to(device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    fit, held, losses = order[len(x) // 5:], order[:max(1, len(x) // 5)], {}
+    for strength in (10.0 ** i for i in range(1, -7, -1)):  # each starts where the stronger one ended
+        logistic_regression(head, x[fit], y[fit], strength, 100)
+        losses[strength] = F.cross_entropy(head(x[held]), y[held]).item()
+    strength = min(losses, key=losses.get)
+    logistic_regression(head, x, y, strength, 2000)
+    found, n = 100 * (head(queries).argmax(1) == labels).double().mean().item(), len(queries)
+    return dict(probe=found, probe_se=standard_error(found, n), strength=strength, val_images=n, train_images=len(x))
+
+
+def logistic_regression(head, x, labels, strength, steps):
+    """Minimize mean cross-entropy + strength / 2 * |weight|^2 by at most `steps` of L-BFGS; x (n, D), labels (n,)."""
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=steps, max_eval=2 * steps, line_search_fn="strong_wolfe")
+
+    def loss_and_gradient():
+        optimizer.zero_grad()
+        loss = strength / 2 * head.weight.square().sum()
+        loss.backward()
+        for part, truth in zip(x.split(2**16), labels.split(2**16)):  # the logits of all of ImageNet would not fit
+            term = F.cross_entropy(head(part), truth, reduction="sum") / len(x)
+            term.backward()
+            loss = loss + term.detach()
+        return loss
+
+    optimizer.step(loss_and_gradient)
 
 
 def choose(n, limit):
@@ -134,7 +217,8 @@ def evaluate_encoder(model, cfg, device, autocast, samples):
     if getattr(train, "classes", []) != [""]:
         encoder = getattr(model, "exported", model.encoder)
         sets = (train, choose(len(train), cfg.eval_images)), (val, ids)
-        found["knn"] = knn(encoder, cfg, device, autocast, *sets)["knn"]
+        accuracy = knn(encoder, cfg, device, autocast, *sets)
+        found = {name: accuracy[name] for name in ("knn", "knn_se")}
     read = functools.partial(read_center, val, cfg)
     for imgs, _, numbers in read_each(read, val, ids, cfg, collate=default_collate):
         draws = [samples.draw(np.random.default_rng((0, int(i))), cfg) for i in numbers]  # the same for every seed
@@ -144,6 +228,66 @@ def evaluate_encoder(model, cfg, device, autocast, samples):
     rows = sum(common.gather(rows), [])  # the batches of all processes
     n = sum(count for count, _ in rows)
     return found | {f"val_{k}": sum(count * row[k] for count, row in rows) / n for k in rows[0][1]}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+def largest_batch(model, cfg, device, autocast, samples, optimizer):
+    """--micro_batch auto: the largest divisor of a process's images with which a step fits in memory, in all of them.
+
+    A step of a copy: its weights take as much memory as DDP's buckets of gradients.
+    """
+    share = cfg.batch_size // common.WORLD
+    for micro in (n for n in range(share, 0, -1) if share % n == 0):
+        trial = fits = None  # None also frees the last copy
+        imgs, draws, _ = samples.collate([samples[0, 0]] * micro)
+        with contextlib.suppress(torch.OutOfMemoryError), autocast:
+            trial = copy.deepcopy(model)
+            trial(*common.to_device(imgs, draws, device))[0].backward()
+            optimizer(trial, cfg).step()
+            fits = True
+        if all(common.gather(fits)):
+            break
+    return micro
+
+
+# --- what a model says of photos --------------------------------------------------------------------------------------
+
+def outputs_of(photos, f, cfg, device, autocast):
+    """f of an image file or of a folder's, as `outputs` gives it -> names of the files, rows."""
+    source = Photos(photos)
+    cfg = replace(cfg, max_bad=0.99)  # unreadable ones are named and left out
+    [(rows, _, numbers)] = outputs(f, cfg, device, autocast, (source, range(len(source))))
+    return [source.samples[i][0] for i in numbers], rows
+
+
+def save_features(encoder, cfg, device, autocast):
+    """--embed: features.npz with the files (n,), their mean patch features (n, D), and [CLS] (n, D)."""
+    files, rows = outputs_of(cfg.embed, functools.partial(embed, encoder), cfg, device, autocast)
+    write(cfg, "features.npz", lambda path: np.savez(path, files=files, mean=rows[:, 0], cls=rows[:, 1]))
+
+
+def predict(model, classes, cfg, device, autocast):
+    """--predict: predictions.csv, for each file the five most probable classes and their probabilities."""
+    def write_table(path):
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["file", *(f"{name}{i}" for i in range(1, k + 1) for name in ("class", "probability"))])
+            for name, values, ids in zip(files, *(x.tolist() for x in rows.topk(k))):
+                table.writerow([name, *(x for p, i in zip(values, ids) for x in (classes[i], f"{p:.4g}"))])
+
+    files, rows = outputs_of(cfg.predict, lambda imgs: model.logits(imgs).float().softmax(1), cfg, device, autocast)
+    k = min(5, rows.shape[1])
+    write(cfg, "predictions.csv", write_table)
+
+
+def write(cfg, name, write_to):
+    path = Path(cfg.out_dir) / name
+    if common.RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with common.replacing(path) as temporary:
+            write_to(temporary)
+    common.print0(f"wrote {path}")
 
 
 # --- preview.png ------------------------------------------------------------------------------------------------------
@@ -174,7 +318,7 @@ def draw_panels(panels, path, names=()):
     for ax, name in zip(table[:, 0], names):
         ax.text(-0.05, 0.5, name, rotation=90, va="center", ha="right", transform=ax.transAxes)
     for axes, (title, panel) in zip(table.T, panels.items()):
-        panel = panel.double().cpu().numpy()
+        panel = panel.cpu().double().numpy()
         if panel.ndim == 4 and panel.shape[1] == 3:
             panel = (panel.transpose(0, 2, 3, 1) * common.STD + common.MEAN).clip(0, 1)
         elif panel.ndim == 4:

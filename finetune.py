@@ -2,20 +2,24 @@
 Evaluate a pretrained encoder by fine-tuning, a linear probe, or nearest neighbors; train from scratch to compare.
 
     --mode finetune    train all weights; layer-wise learning rates, mixup, RandAugment [MAE App. A.1]
-    --mode linear      train a linear layer on frozen features with LARS [MAE App. A.1]; needs a linear preset
+    --mode linear      train a linear layer on frozen features with LARS [MAE App. A.1]; needs a linear preset, which is
+                       tuned for ImageNet's 1.28 million images
+    --mode probe       logistic regression on frozen features, [CLS] and the patches' mean; nothing to tune
     --mode knn         no training: weighted vote of the 20 nearest training images [DINO]
     --mode scratch     train from random weights [MAE App. A.2]: --preset scratch; --init then gives only the sizes
     --eval             no training: accuracy of a fine-tuned model.pt on val/
+    --predict PHOTOS   no training: out_dir/predictions.csv, the five classes that a model.pt finds most probable
+    --embed PHOTOS     no training: out_dir/features.npz, an encoder's features; PHOTOS is a file or a folder
 
---init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE or timm; which tensors are used,
-initialized anew, and left out is printed. The last model is what is evaluated and saved, in out_dir/model.pt; with
---ema the average of its weights.
+--init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE, DINO, BEiT v2, or timm, also as
+safetensors; which tensors are used, initialized anew, and left out is printed. The last model is what is evaluated and
+saved, in out_dir/model.pt; with --ema the average of its weights.
 
 One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
     imgs, labels = mix(imgs, labels)            # mixup or cutmix within the batch; labels become soft, (B, C)
     tokens = vit(imgs)[-1]                      # the last block's output, [CLS] first, (B, 1 + N, D)
     x      = fc_norm(tokens[:, 1:].mean(1))     # with --pool cls: norm(tokens)[:, 0]
-    logits = head(bn(x))                        # bn, without parameters, only in the linear probe
+    logits = head(bn(x))                        # bn, without parameters, only in --mode linear; model.pt has it in head
     loss   = cross_entropy(logits, labels)      # smoothed labels
 
 The learning rate of layer i is base_lr * batch_size / 256 * layer_decay ** (depth + 1 - i). The embeddings are layer 0,
@@ -27,11 +31,10 @@ Inputs are normalized with ImageNet's mean and deviation, also for timm's files 
     torchrun --nproc_per_node=8 finetune.py --preset ddae --data IMAGENET --init out/encoder.pt --out_dir out/ft
     torchrun --nproc_per_node=8 finetune.py --preset linear --data IMAGENET --init out/encoder.pt --out_dir out/linear
     python finetune.py --eval --data IMAGENET --init out/ft/model.pt                    # needs val/ only
+    python finetune.py --predict PHOTOS --init out/ft/model.pt
 """
 import copy
-import functools
 import math
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -39,25 +42,31 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import default_collate
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
+import beit2
 import common
 from augment import Erase, FirstCrop, RandAugment
-from ddae import Block, ViT, init_weights
-from evaluate import choose, knn, read_center, read_each, sync_buffers
+from ddae import ViT
+from evaluate import choose, knn, outputs, predict, probe, save_features, standard_error, sync_buffers
+from vit_files import read_weights, resize_pos_embed, vit_sizes, vit_weights
+
+VITS = dict(plain=ViT, beit2=beit2.ViT)
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
-    mode: Literal["finetune", "linear", "knn", "scratch"] = "finetune"  # [ours] as listed above
+    mode: Literal["finetune", "linear", "probe", "knn", "scratch"] = "finetune"  # [ours] as listed above
     eval: bool = False  # [ours] no training: accuracy of --init on val/
+    predict: str = ""  # [ours] no training: classes of this image file, or of all in this folder and below
+    embed: str = ""  # [ours] no training: features of this image file, or of all in this folder and below
+    split: str = "val"  # [ours] folder in --data, such as test, that everything evaluates on instead of val/
     eval_every: float = 1.0  # [ours] epochs between evaluations on val/; 0: never
-    eval_images: int = 0  # [ours] with --mode knn: images of train/ to compare with; 0: all
+    eval_images: int = 0  # [ours] with --mode probe and knn: images of train/ to use; 0: all
+    vit: Literal["", "plain", "beit2"] = ""  # [ours] kind of ViT; none: as in --init, else plain
     img_size: int = 0  # [MAE] side of the crop, pixels; 0: as in --init, else 224
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
@@ -89,7 +98,7 @@ class Config(common.RunConfig):
         super().__post_init__()
         assert self.init or self.mode == "scratch" and not self.eval, "--init is missing: encoder.pt, for instance"
         assert self.mode != "linear" or self.eval or not (self.mixup or self.cutmix or self.drop_path or self.last_k), \
-            "--mode linear needs --preset linear, linear_boot, linear_boot_large, or quick_linear, and no --last_k"
+            "--mode linear needs --preset linear, linear_large, linear_boot, or linear_boot_large, and no --last_k"
         for name in ("layer_decay", "drop_path", "smoothing", "erase", "crop_min", "ema", "crop_pct"):
             assert getattr(self, name) <= 1, f"--{name} must be at most 1"
         assert self.rand_augment <= 10, "--rand_augment must be at most 10"
@@ -116,6 +125,9 @@ PRESETS = {
     "deepmim_code": dict(base_lr=1e-4, layer_decay=0.6),  # its command, for CLIP after 1600 epochs
     "sdae": dict(batch_size=2048, warmup_epochs=10),  # states 5e-4, a base rate as in MAE
     "sdae_large": dict(batch_size=2048, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "beit2": dict(base_lr=1.25e-4, warmup_epochs=20),  # [code: BEiT v2] 5e-4 at 1024; after 300 epochs of pretraining
+    "beit2_1600": dict(base_lr=1.25e-4, warmup_epochs=20, layer_decay=0.6, drop_path=0.2),
+    "beit2_large": dict(base_lr=1.25e-4, epochs=50, layer_decay=0.8, drop_path=0.2),  # after 1600 epochs: 5e-5
     "scratch": SCRATCH,
     "scratch_large": SCRATCH | dict(epochs=200, drop_path=0.2),
     "linear": LINEAR,
@@ -125,8 +137,6 @@ PRESETS = {
     "quick": QUICK | dict(layer_decay=0.9, out_dir="out/quick_finetune"),
     "quick_scratch": QUICK | dict(mode="scratch", layer_decay=1.0, patch_size=4, img_size=32, embed_dim=96, depth=4,
                                   num_heads=3, out_dir="out/quick_scratch"),
-    "quick_linear": LINEAR | dict(epochs=2, warmup_epochs=0.2, batch_size=256, base_lr=20.0, crop_pct=1.0, crop_min=0.4,
-                                  pool="mean", out_dir="out/quick_linear"),
 }
 
 
@@ -138,55 +148,15 @@ class Samples(common.Samples):
     def __init__(self, source, cfg):
         super().__init__(source, cfg)
         if cfg.mode == "linear":
-            crop = FirstCrop(cfg.img_size, (cfg.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC)
-            self.crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
+            self.crop = v2.Compose([FirstCrop(cfg.img_size, (cfg.crop_min, 1.0)), v2.RandomHorizontalFlip()])
         augment = [RandAugment(cfg.rand_augment)] if cfg.rand_augment else []
         self.crop = v2.Compose([self.crop, *augment, *([Erase(cfg.erase)] if cfg.erase else [])])
 
     def sample(self, item, rng):
-        return self.crop(item[0]), item[1]
+        return item
 
 
-# --- ViT files --------------------------------------------------------------------------------------------------------
-
-def read_weights(path):
-    """A file with a ViT, written here, by MAE, or by timm -> tensors by name, flags of its run ({} if unknown)."""
-    file = common.load(path)
-    if not isinstance(file, dict) or not isinstance(file.get("model", file), dict):
-        sys.exit(f"{path} holds no tensors by name")
-    weights = {k.removeprefix("encoder."): v for k, v in file.get("model", file).items() if torch.is_tensor(v)}
-    config = file.get("config", file.get("about"))  # last.pt has the latter
-    return weights, config if isinstance(config, dict) else {}
-
-
-def vit_sizes(weights, config, path):
-    """img_size, patch_size, embed_dim, depth, and num_heads of a ViT's weights. Ends the program for other weights."""
-    for name, ndim in dict(cls_token=3, pos_embed=3, **{"patch_embed.proj.weight": 4}).items():
-        if name not in weights or weights[name].ndim != ndim:
-            sys.exit(f"{path} holds no ViT: {name} is missing or has another shape; give encoder.pt")
-    known = r"patch_embed\.proj\.|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
-    more = [k for k in weights if re.match(r"patch_embed|blocks|norm_pre|reg_token", k) and not re.match(known, k)]
-    if more:
-        sys.exit(f"{path} is another kind of ViT: {len(more)} tensors are unknown here, such as {more[0]}")
-    D, _, p, _ = weights["patch_embed.proj.weight"].shape
-    side = math.isqrt(max(0, weights["pos_embed"].shape[1] - 1))
-    # Weights do not tell the number of heads: mostly 64 channels each, but 80 in the ViT-H of MAE and timm.
-    heads = config.get("num_heads", 16 if D == 1280 else max(1, D // 64))
-    if side ** 2 + 1 != weights["pos_embed"].shape[1] or D % 4 or D % heads:
-        sys.exit(f"{path}: pos_embed is not square, or width {D} is not divisible by 4 and by {heads} heads")
-    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    return dict(img_size=side * p, patch_size=p, embed_dim=D, depth=depth, num_heads=heads)
-
-
-def resize_pos_embed(table, grid):
-    """Position table (1, 1 + n*n, D) -> (1, 1 + h*w, D) for a (h, w) grid: bicubic, [CLS]'s row kept."""
-    side = math.isqrt(table.shape[1] - 1)
-    if (side, side) == tuple(grid):
-        return table
-    rows = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
-    rows = F.interpolate(rows, grid, mode="bicubic", align_corners=False)
-    return torch.cat((table[:, :1], rows.flatten(2).transpose(1, 2).to(table)), 1)
-
+# --- from --init to the model -----------------------------------------------------------------------------------------
 
 def settle(cfg):
     """Read --init -> Config with the sizes, pool, and crop that it decides; its tensors by name; its class names.
@@ -195,15 +165,17 @@ def settle(cfg):
     """
     own = Path(cfg.out_dir) / "model.pt"
     saved = own.exists() and any(own.with_name(name).exists() for name in ("last.pt", "last.prev.pt"))
-    resumes = saved and not cfg.eval and cfg.mode != "knn"
+    resumes = saved and not cfg.eval and cfg.mode not in ("knn", "probe")
     path, weights, was = own if resumes else cfg.init, {}, {}
-    sizes = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    sizes = dict(vit="plain", img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
     if path:
         weights, was = read_weights(path)
-        sizes = vit_sizes(weights, dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was, path)
+        weights = vit_weights(weights, path)
+        config = dict(num_heads=cfg.num_heads) | was if cfg.num_heads else was
+        sizes |= beit2.sizes(weights) or vit_sizes(weights, config, path)
     for name, size in sizes.items():
         given = getattr(cfg, name)
-        if path and name != "img_size" and given not in (0, size):
+        if path and name != "img_size" and given and given != size:
             sys.exit(f"--{name} {given}, but {path} has {size}")
         sizes[name] = given or size
     img_size, patch_size, depth = sizes["img_size"], sizes["patch_size"], sizes["depth"]
@@ -217,14 +189,13 @@ def settle(cfg):
                       pool="mean" if "fc_norm.weight" in weights else "cls")
     if resumes or cfg.mode == "scratch":
         return cfg, {}, []
-    weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], (img_size // patch_size,) * 2)
+    if "pos_embed" in weights:
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], (img_size // patch_size,) * 2)
     return cfg, weights, was.get("classes", [])
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
-
-class Classifier(ViT):
-    """ViT with a head, under timm's names; cfg as from `settle`. --mode linear trains the head alone."""
+class Head(nn.Module):
+    """Makes a ViT's subclass a classifier, under timm's names; cfg as from `settle`. --mode linear trains it alone."""
 
     def __init__(self, cfg, num_classes):
         super().__init__(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.drop_path)
@@ -260,31 +231,43 @@ class Classifier(ViT):
         x = self.fc_norm(tokens[:, 1:].mean(1)) if self.cfg.pool == "mean" else self.norm(tokens)[:, 0]  # (B, D)
         return self.head(self.bn(x))
 
+    @property
+    @torch.no_grad()
+    def exported(self):
+        """What is evaluated and saved: the average of the weights, if any; without batch norm, which timm has not."""
+        model = getattr(self, "average", self)
+        if isinstance(self.bn, nn.BatchNorm1d):
+            model = copy.deepcopy(model)
+            model.head.weight *= (self.bn.running_var + self.bn.eps).rsqrt()
+            model.head.bias -= model.head.weight @ self.bn.running_mean
+            model.bn = nn.Identity()
+        return model
+
     def after_step(self, step, steps_per_epoch):
         if self.cfg.ema:
-            average = list(self.exported.parameters())
+            average = list(self.average.parameters())
             get_ema_multi_avg_fn(self.cfg.ema)(average, list(self.parameters())[:len(average)], None)
 
 
 def build(cfg, weights, num_classes):
     """Classifier with `weights`, if any, besides a head that is initialized anew for training."""
-    model = Classifier(cfg, num_classes)
+    model = type("Classifier", (Head, VITS[cfg.vit]), {})(cfg, num_classes)
     if weights:
-        own, head = model.state_dict(), () if cfg.eval else ("head.", "bn.")
+        top = [f"blocks.{i}." for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth)]
+        own, head = model.state_dict(), () if cfg.eval else ("head.", "bn.", *top)
         used = {k: v for k, v in weights.items() if k in own and not k.startswith(head)}
         anew = {k: v for k, v in own.items() if k not in used and k.startswith((*head, "fc_norm."))}
         common.load_weights(model, used if cfg.eval else used | anew, cfg.init)
         for what, names in (("used", used), ("initialized anew", anew), ("left out", weights.keys() - used)):
             counts = Counter(sorted(name.split(".")[0] for name in names))
             common.print0(f"{cfg.init}, tensors {what}: {', '.join(f'{k} ({n})' for k, n in counts.items()) or 'none'}")
-    for i in range(cfg.depth - cfg.reinit_last_k, cfg.depth):
-        model.blocks[i] = Block(cfg.embed_dim, cfg.num_heads, model.blocks[i].drop_path).apply(init_weights)
     if 0 < cfg.last_k < cfg.depth:
-        frozen = nn.ModuleList((model.patch_embed, *model.blocks[:-cfg.last_k]))
-        for p in (model.cls_token, model.pos_embed, *frozen.parameters()):
-            p.requires_grad_(False)
+        frozen = "cls_token", "pos_embed", "patch_embed.", *(f"blocks.{i}." for i in range(cfg.depth - cfg.last_k))
+        for name, p in model.named_parameters():
+            if name.startswith(frozen):
+                p.requires_grad_(False)
     if cfg.ema:
-        model.exported = copy.deepcopy(model).requires_grad_(False)  # the average; its parameters come after the others
+        model.average = copy.deepcopy(model).requires_grad_(False)  # its parameters come after the others
     return model
 
 
@@ -347,54 +330,57 @@ def make_optimizer(model, cfg):
 
 @torch.no_grad()
 def evaluate(model, cfg, device, autocast, samples=None, source=None, keep=None):
-    """Classify every image of `source` (None: val/) once -> acc1, acc5 (percent), val_loss, val_images by name.
+    """Classify every image of `source` (None: val/) -> acc1, its standard error, acc5 (percent), val_loss, val_images.
 
     keep: bool (C,), the classes that may be answered; None: all.
     """
-    model, source = getattr(model, "exported", model), source or common.open_data(cfg, "val")
+    source = source or common.open_data(cfg, cfg.split)
     sync_buffers(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, images
-    read = functools.partial(read_center, source, cfg)
-    for imgs, labels, _ in read_each(read, source, range(len(source)), cfg, collate=default_collate):
-        imgs, labels = common.to_device(imgs, labels, device)
-        with autocast:
-            logits = model.logits(imgs).float()  # (B, C)
-        if not logits.isfinite().all():
-            sys.exit(f"logits are not finite, model from {cfg.init}; try --precision fp32")
-        if keep is not None:
-            logits = logits.masked_fill(~keep.to(device), -torch.inf)
-        right = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)  # (B, 5)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack((right[:, 0].sum(), right.sum(), loss, torch.tensor(len(imgs), device=device)))
-    if common.WORLD > 1:
-        dist.all_reduce(sums)
-    right1, right5, loss, n = sums.tolist()
-    return dict(acc1=100 * right1 / n, acc5=100 * right5 / n, val_loss=loss / n, val_images=n)
+    [(logits, labels, _)] = outputs(model.exported.logits, cfg, device, autocast, (source, range(len(source))))
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    (n, C), loss = logits.shape, F.cross_entropy(logits, labels).item()
+    right = logits.topk(min(5, C)).indices == labels.unsqueeze(1)  # (n, 5)
+    acc1, acc5 = (100 * right[:, :k].sum().item() / n for k in (1, 5))
+    if samples and cfg.mode == "linear" and loss > math.log(C):
+        common.print0(f"warning: val_loss is above that of equal odds, ln({C}); --mode linear is tuned for ImageNet's "
+                      "1.28 million images: lower --base_lr, or use --mode probe")
+    return dict(acc1=acc1, acc1_se=standard_error(acc1, n), acc5=acc5, val_loss=loss, val_images=n)
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
 
 @common.explained()
 def main():
-    cfg, weights, trained_on = settle(common.parse(Config, PRESETS, __doc__))
+    cfg = common.parse(Config, PRESETS, __doc__)
+    cfg = replace(cfg, eval=cfg.eval or bool(cfg.predict), mode="knn" if cfg.embed else cfg.mode)
+    cfg, weights, trained_on = settle(cfg)
     device, autocast = common.setup(cfg)
-    val = common.open_data(cfg, "val")
+    if cfg.predict:
+        classes = trained_on or list(range(len(weights.get("head.weight", []))))
+        return predict(build(cfg, weights, len(classes)).to(device).eval(), classes, cfg, device, autocast)
+    if cfg.mode in ("knn", "probe"):
+        vit = VITS[cfg.vit](cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval().to(device)
+        common.load_weights(vit, weights, cfg.init)
+        cfg = replace(cfg, crop_pct=1.0)
+    if cfg.embed:
+        return save_features(vit, cfg, device, autocast)
+    val = common.open_data(cfg, cfg.split)
     train = val if cfg.eval else common.open_data(cfg, "train")
     names, classes = ([str(c) for c in getattr(source, "classes", [])] for source in (train, val))
     if names != classes or classes in ([], [""]):
-        sys.exit(f"--data {cfg.data} needs the same class folders in train/ and val/; only in one: "
+        sys.exit(f"--data {cfg.data} needs the same class folders in train/ and {cfg.split}/; only in one: "
                  f"{sorted(set(names) ^ set(classes))[:5]}")
     if cfg.eval and trained_on not in ([], classes):
         sys.exit(f"{cfg.init} is for other classes than --data: {trained_on[:4]} ... and {classes[:4]} ...")
-    if cfg.mode == "knn":
-        vit = ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads).eval()
-        common.load_weights(vit, weights, cfg.init)
-        cfg = replace(cfg, crop_pct=1.0)
+    if cfg.mode in ("knn", "probe"):
         sets = (train, choose(len(train), cfg.eval_images)), (val, range(len(val)))
-        metrics = knn(vit.to(device), cfg, device, autocast, *sets)
+        metrics = (knn if cfg.mode == "knn" else probe)(vit, cfg, device, autocast, *sets)
     else:
         torch.manual_seed(cfg.seed)
         model = build(cfg, weights, len(classes))
+        if cfg.mode == "linear" and not cfg.eval:
+            common.print0("--mode linear is tuned for ImageNet's 1.28 million images; --mode probe needs no tuning")
         if not cfg.eval:
             return common.train(cfg, model, Samples(train, cfg), make_optimizer, evaluate=evaluate)
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast)

@@ -175,8 +175,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def attend(self, x, first):
-        q, k, v = self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        q, k, v = (t.transpose(1, 2) for t in self.attn.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v)  # (B, heads, T, d)
         return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def drop(self, x):
@@ -206,16 +206,20 @@ class ViT(nn.Module):
         proj = self.patch_embed.proj
         return F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # in the order of `patchify`
 
-    def forward(self, imgs, ids_keep=None):
-        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> every block's output (B, 1 + V, D), before `norm`."""
+    def forward(self, imgs, ids_keep=None, taps=(), folds=1):
+        """imgs (B, 3, H, W), ids_keep (B, V) or None for all -> outputs of the blocks in `taps`, counted from 1, and of
+        the last, before `norm`: (B, 1 + V, D), or (B * folds, 1 + V / folds, D) if folds do not see each other."""
         patches, pos = patchify(imgs, self.patch_size), self.pos_embed[:, 1:]  # (B, N, P), (1, N, D)
         if ids_keep is not None:
             patches, pos = take(patches, ids_keep), pos[0, ids_keep]  # (B, V, P), (B, V, D)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
-        outputs = [torch.cat((cls, self.embed(patches) + pos), 1)]  # (B, 1 + V, D), [CLS] first
-        for block in self.blocks:
-            outputs.append(block(outputs[-1]))
-        return outputs[1:]
+        x = (self.embed(patches) + pos).unflatten(1, (folds, -1)).flatten(0, 1)  # (B * folds, V / folds, D)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x, outputs = torch.cat((cls, x), 1), []  # [CLS] first
+        for g, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if g in taps or g == len(self.blocks):
+                outputs.append(x)
+        return outputs
 
 
 class Decoder(nn.Module):
@@ -324,9 +328,8 @@ class SdAE(nn.Module):
         # Fork here: any (B, G, L, D) that is a function of the masked patches, in their order, can be a target.
         if cfg.feed == "full":
             tokens = take(self.teacher(imgs)[-1][:, 1:], ids_mask)
-        else:  # each fold is a row of the batch, so that its tokens attend to no other fold
-            ids = ids_mask[:, :cfg.num_read].unflatten(1, (cfg.num_folds, -1)).flatten(0, 1)  # (B*G, L)
-            tokens = self.teacher(imgs.repeat_interleave(cfg.num_folds, 0), ids)[-1][:, 1:]
+        else:
+            tokens = self.teacher(imgs, ids_mask[:, :cfg.num_read], folds=cfg.num_folds)[-1][:, 1:]  # (B*G, L, D)
         tokens = self.teacher.norm(tokens).float()  # the final norm comes before Eq. 3, as in the code
         tokens = tokens.reshape(len(imgs), cfg.num_folds, -1, cfg.embed_dim)  # (B, G, L, D)
         directions = F.normalize(tokens.flatten(0, 2), dim=-1)

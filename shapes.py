@@ -7,6 +7,7 @@ stripes; sizes, places, angles, ground, and light are random. Segmentation and d
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import zoom
 
@@ -45,3 +46,15 @@ class Shapes:
             masks, labels = [m & ~star for m in masks] + [star], labels + [label]
         light = rng.uniform(0.5, 1.2) * rng.uniform(0.7, 1.3, 3)
         return (255 * light * image).clip(0, 255).astype(np.uint8), np.stack(masks), labels
+
+
+class LabeledShapes(Shapes):
+    """For segmentation: [i] -> PIL image, label uint8 (S, S). The ground is a class, so every pixel has a label."""
+    classes = ["ground", *Shapes.classes]
+
+    def __getitem__(self, i):
+        image, masks, labels = self.scene(i)
+        label = np.zeros(image.shape[:2], np.uint8)
+        for mask, k in zip(masks, labels):
+            label[mask] = 1 + k
+        return Image.fromarray(image), torch.from_numpy(label)

@@ -1,28 +1,34 @@
-"""Where images come from: folders, torchvision's data sets by name, and generated shapes."""
+"""Where images come from: folders, torchvision's data sets by name, generated shapes; and how they become tensors."""
+import functools
 import inspect
+import math
+import mmap
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision
 from filelock import FileLock  # torch needs it, too
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from shapes import Shapes
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+
 
 def open_data(cfg, split):
-    """Data set for `split`, "train" or "val": [i] -> PIL image, label. A folder without labels has `classes` [""]."""
+    """Data set for a split, such as "train": [i] -> PIL image, label. A folder without labels has `classes` [""]."""
     path, make = Path(cfg.data), getattr(torchvision.datasets, cfg.data, None)
     if cfg.data == "shapes":
-        return Shapes(split, cfg.img_size)
+        return kept(Shapes(split, cfg.img_size))
     if path.is_dir():
-        names = ("val", "validation", "test") if split == "val" else ("train", ".")
-        found = next((path / name for name in names if (path / name).is_dir()), path / "val")
+        names = dict(train=("train", "."), val=("val", "validation", "test")).get(split, [split])
+        found = next((path / name for name in names if (path / name).is_dir()), path / names[0])
         try:
-            return Folder(found)
+            return kept(Folder(found))
         except FileNotFoundError as error:  # no such folder, or no images in it
             sys.exit(f"--data {path.absolute()}, {split}: {error}")
     if not inspect.isclass(make):
@@ -52,6 +58,40 @@ class Folder(torchvision.datasets.ImageFolder):
         return classes, {name: i for i, name in enumerate(classes)}
 
 
+def kept(source, limit=2**31):
+    """`source`, or `Kept` of it if images like its first one take at most `limit` bytes."""
+    try:
+        image = source[0][0]
+        fits = 3 * len(source) * image.width * image.height <= limit
+    except Exception:  # broken; `Samples` names it
+        return source
+    return Kept(source, image.size) if fits else source
+
+
+class Kept:
+    """Data set that keeps RGB images of size (W, H) in memory, decoded, once they are read; forked workers share it."""
+
+    def __init__(self, source, size):
+        self.source, self.size, N = source, size, len(source)
+        self.images = np.frombuffer(mmap.mmap(-1, 3 * N * math.prod(size)), np.uint8).reshape(N, *size[::-1], 3)
+        self.labels = np.frombuffer(mmap.mmap(-1, 8 * N), np.int64)  # label + 1; 0: not read yet
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        if not self.labels[i]:
+            image, label = self.source[i]
+            if (image.mode, image.size) != ("RGB", self.size):
+                return image, label
+            self.images[i] = image
+            self.labels[i] = label + 1
+        return Image.fromarray(self.images[i]), int(self.labels[i]) - 1
+
+
 def name_of(source, index):
     return source.samples[index][0] if hasattr(source, "samples") else f"image {index}"
 
@@ -63,3 +103,39 @@ def to_rgb(image):
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (PIL mode {image.mode}) have no known range; convert them to 8 or 16 bits")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def planar(image):
+    """The same uint8 (3, H, W), contiguous; in tensors made of PIL images, a pixel's channels are neighbors."""
+    return torch.from_numpy(np.ascontiguousarray(image.numpy()))  # a third of the time of torch's contiguous()
+
+
+def draft(image, scale):
+    """Let a JPEG be decoded at 1/2, 1/4, or 1/8 of its size, if that is at least `scale` of it; takes less time."""
+    image.draft("RGB", [math.ceil(n * scale) for n in image.size])
+
+
+class Crop(v2.RandomResizedCrop):
+    """torchvision's crop of an image, bicubic -> uint8 (3, S, S). Of a PIL image only the crop becomes a tensor.
+
+    The crop of a JPEG that is at least 2 * S pixels high and wide is decoded at reduced scale, hence a little blurred.
+    All others are bitwise torchvision's.
+    """
+
+    def __init__(self, size, scale):
+        super().__init__(size, scale, interpolation=InterpolationMode.BICUBIC)
+
+    def transform(self, image, params):
+        if isinstance(image, Image.Image):
+            (W, H), (top, left, h, w) = image.size, (params[k] for k in ("top", "left", "height", "width"))
+            draft(image, self.size[0] / min(h, w))
+            fx, fy = image.width / W, image.height / H
+            box = round(left * fx), round(top * fy), round((left + w) * fx), round((top + h) * fy)
+            image = to_rgb(image.crop(box))
+            params = dict(top=0, left=0, height=image.shape[1], width=image.shape[2])
+        return planar(super().transform(image, params))
+
+
+@functools.cache  # copied to the device once: a copy per step would wait for the GPU
+def mean_std(device):
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)

@@ -1,112 +1,284 @@
 """
-Step times. All models run alternately in one process, so that drift of the machine cancels out.
+Speed and memory of pretraining.
 
-    python results/bench.py                 DDAE and MAE, ViT-B; block masks and distance maps compared with DDAE's step
-    python results/bench.py --mae PATH      also a checkout of github.com/facebookresearch/mae; needs timm
-    python results/bench.py --sdae          SdAE's four ways to feed the teacher compared with MAE, with FLOPs
-    python results/bench.py --device cuda --batch 256 [--compile]       bf16, with peak memory
+    python results/bench.py step                  every method, ViT-B and tiny (32 pixels, patches of 4), fp32 and bf16
+    python results/bench.py step --mae PATH --deepmim PATH --sdae PATH --bootmae PATH      beside official checkouts
+    python results/bench.py step --methods MAE SdAE SdAE-masked SdAE-full SdAE-crop        ways to feed SdAE's teacher
+    python results/bench.py step --methods DDAE --sizes B --profile                        with the costliest operations
+    python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
+    python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
+    python results/bench.py scaling               cost per image against batch size, image size, and K
+
+Models run alternately in one process, so that drift of the machine cancels out; times are medians. On a CPU, one core
+computes, and its time is counted, not the clock's: other jobs disturb little. A step is forward, backward, gradient
+norm, optimizer, and what follows each step; no data loading. `limit` is a product of 4096 x 4096 matrices in that run.
 """
 import argparse
+import contextlib
+import copy
+import json
 import sys
 import time
+import warnings
+import weakref
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import ddae  # noqa: E402
+import deepmim  # noqa: E402
 import sdae  # noqa: E402
+from results.official import official  # noqa: E402
+
+SIZES = dict(B={}, S=ddae.PRESETS["small"], L=ddae.PRESETS["large"], tiny=dict(
+    img_size=32, patch_size=4, embed_dim=192, num_heads=3, decoder_dim=192, decoder_heads=3))
 
 
-def official_mae(path):
-    """MAE's own ViT-B. Two names that current timm and NumPy no longer have are put back."""
-    import timm.models.vision_transformer as vit
-    block = vit.Block
-    vit.Block = lambda *args, qk_scale=None, **kwargs: block(*args, **kwargs)
-    np.float = float
-    sys.path.insert(0, path)
-    import models_mae
-    model = models_mae.mae_vit_base_patch16(norm_pix_loss=True)
-    vit.Block = block
-    return model
+class Features(nn.Module):
+    """Takes the place of CLIP: random features of the patches, so that only the rest of the step is measured."""
+    out_dim = 512
+
+    def forward(self, imgs, grid):
+        return torch.ones(len(imgs), grid[0] * grid[1], self.out_dim, device=imgs.device).normal_()
+
+
+deepmim.targets.clip = lambda file: Features()
+METHODS = {
+    "MAE": lambda **size: ddae.DDAE(ddae.Config(**ddae.PRESETS["mae"], **size)),
+    "DDAE": lambda **size: ddae.DDAE(ddae.Config(**size)),
+    "DeepMIM": lambda **size: deepmim.DeepMIM(deepmim.Config(target="clip", target_file="random", **size)),
+    "DeepMIM-pixel": lambda **size: deepmim.DeepMIM(deepmim.Config(**size)),
+    "SdAE": lambda **size: sdae.SdAE(sdae.Config(**size)),
+    **{f"SdAE-{feed}": partial(lambda feed, **size: sdae.SdAE(sdae.Config(feed=feed, **size)), feed)
+       for feed in ("masked", "full", "crop")},
+}
+
+
+def batch(model, B, device):
+    """-> images (B, 3, H, W), what the method draws of them."""
+    cfg, draw = model.cfg, sys.modules[type(model).__module__].draw_mask
+    draws = np.stack([draw(np.random.default_rng(i), cfg) for i in range(B)])
+    return torch.randn(B, 3, cfg.img_size, cfg.img_size, device=device), torch.from_numpy(draws).to(device)
+
+
+def ours(name, size, B, precision, args):
+    """-> training step as in common.train."""
+    model = METHODS[name](**SIZES[size]).to(args.device)
+    cfg = common.RunConfig(device=args.device, precision=precision, compile=args.compile, recompute=args.recompute)
+    optimizer = common.adamw(model, model.cfg)
+    common.wrap_blocks(model, cfg)
+    imgs, draws = batch(model, B, args.device)
+
+    def step():
+        autocast = common.setup(cfg)[1]  # every time: the official codes run with torch's defaults
+        with autocast:
+            loss = model(imgs, draws)[0]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), float("inf")).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        if hasattr(model, "after_step"):
+            model.after_step(1, 10000)
+    return step
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+def clock(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def alternate(steps, args):
+    """Callables by name, run in turn -> name: seconds of each repetition."""
+    times = {name: [] for name in steps}
+    for _ in range(args.runs):
+        for name, step in steps.items():
+            start = clock(args)
+            step()
+            times[name].append(clock(args) - start)
+    return times
+
+
+def flops_of(step):
+    """FLOPs of a call, with attention, which is not counted if it is fused. Without --compile also the warm-up."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), mock.patch("torch.backends.cuda.enable_flash_sdp"), \
+            torch.compiler.set_stance("force_eager"):  # the steps set what the context has set
+        step()
+    return counter.get_total_flops()
+
+
+def step(args):
+    rows = []
+    print(f"{'size':5}{'type':6}{'':18}{'images/s':>9}{'GFLOP/image':>12}{'of limit':>9}  time / time of (range)")
+    for size in args.sizes:
+        B = args.batch or (32 if size == "tiny" else 8)
+        for precision in args.precision:
+            x = torch.randn(4096, 4096, device=args.device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            steps, against = {}, {}
+            for name in args.methods:
+                steps[name], against[name] = ours(name, size, B, precision, args), args.methods[0]
+                path = getattr(args, "bootmae" if name == "DDAE" else name.lower(), None)
+                if path:
+                    model, other = METHODS[name](**SIZES[size]), "official " + ("BootMAE" if name == "DDAE" else name)
+                    imgs = batch(model, B, args.device)[0]
+                    with contextlib.redirect_stdout(None):  # SdAE and BootMAE print what they build
+                        steps[other] = official(name, path, model.cfg, imgs, Features(), precision)
+                    against[other] = name
+            flops = {name: flops_of(run) / B for name, run in steps.items()}
+            times = alternate(steps | dict(limit=lambda: x @ x), args)
+            limit = 2 * 4096 ** 3 / np.median(times["limit"])
+            for name in steps:
+                speed = B / float(np.median(times[name]))
+                ratio = np.array(times[name]) / times[against[name]]  # pair by pair
+                row = dict(size=size, type=precision, name=name, batch=B, images_per_s=speed, gflop=flops[name] / 1e9,
+                           of_limit=flops[name] * speed / limit, against=against[name], ratio=float(np.median(ratio)))
+                if args.device == "cuda":
+                    row["peak_gib"] = peak_of(steps[name])
+                rows.append(row)
+                print(f"{size:5}{precision:6}{name:18}{speed:9.3g}{row['gflop']:12.4g}{row['of_limit']:9.0%}"
+                      + (f"  {row['peak_gib']:.1f} GiB" if "peak_gib" in row else "")
+                      + f"  {row['ratio']:.2f} {against[name]} ({min(ratio):.2f} to {max(ratio):.2f})", flush=True)
+            if args.profile:
+                print_profile(steps[args.methods[0]])
+    return rows
+
+
+def peak_of(run):
+    """Peak memory of a step in GiB; other models' weights and optimizer states count, if they are held."""
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def print_profile(run):
+    """The ten operations that take the most time of a step, by themselves."""
+    with torch.profiler.profile() as profile:
+        run()
+    cost = {e.key: (e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total, e.count)
+            for e in profile.key_averages()}
+    for name, (seconds, count) in sorted(cost.items(), key=lambda item: -item[1][0])[:10]:
+        print(f"    {name:60}{count:6} calls{seconds / sum(t for t, _ in cost.values()):7.1%}")
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, WeakIdKeyDictionary()
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage not in self.seen:
+                self.seen[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+
+def memory(args):
+    """Two steps in bf16 with tensors that have shapes but no values. Workspaces and fragmentation come on top."""
+    FakeTensorMode.__deepcopy__ = lambda self, memo: self  # for deep copies of encoders
+    rows = []
+    for size in args.sizes:
+        for name in args.methods:
+            B = args.batch or (96 if name.startswith("SdAE") else 512)
+            with FakeTensorMode(), Live() as live:
+                model = METHODS[name](**SIZES[size])
+                common.wrap_blocks(model, args)
+                optimizer, S = common.adamw(model, model.cfg), model.cfg.img_size
+                imgs, ids = torch.empty(B, 3, S, S), torch.zeros(B, (S // model.cfg.patch_size) ** 2, dtype=torch.long)
+                for _ in range(2):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss = model(imgs, ids)[0]
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            rows.append(dict(size=size, name=name, batch=B, peak_gib=live.peak / 2**30))
+            print(f"{size:5}{name:15}{B:5} images per GPU, bf16: {live.peak / 2**30:5.1f} GiB", flush=True)
+    return rows
+
+
+def scaling(args):
+    """Time and FLOPs per image of DDAE, ViT-tiny, 32 pixels, K = 4, batch 16, with one thing changed."""
+    tiny = SIZES["tiny"]
+    cases = {f"batch {B}": (B, {}) for B in (1, 4, 16, 64)} | {f"K = {K}": (16, dict(K=K)) for K in (1, 2, 6)}
+    cases |= {f"{S} pixels": (16, dict(img_size=S)) for S in (16, 48, 64)}
+    steps = {}
+    for name, (B, more) in cases.items():
+        SIZES[name] = tiny | more
+        steps[name] = ours("DDAE", name, B, args.precision[0], args)
+    flops = {name: flops_of(run) / cases[name][0] for name, run in steps.items()}
+    rows = []
+    for name, t in alternate(steps, args).items():
+        B, seconds = cases[name][0], float(np.median(t))
+        rows.append(dict(name=name, ms_per_image=1e3 * seconds / B, gflop=flops[name] / 1e9))
+        print(f"{name:12}{1e3 * seconds / B:8.1f} ms/image {flops[name] / 1e9:7.2f} GFLOP/image "
+              f"{flops[name] * B / seconds / 1e9:7.0f} GFLOP/s")
+    return rows
+
+
+def ema(args):
+    """Milliseconds of the teacher's EMA, ViT-B: here, and with SdAE's copy of the student."""
+    new, old = (ddae.ViT(224, 16, 768, 12, 12).to(args.device).requires_grad_(False) for _ in range(2))
+
+    def copied():
+        student = copy.deepcopy(old)
+        student.load_state_dict(new.state_dict())
+        for a, b in zip(student.parameters(), old.parameters()):
+            b.mul_(0.99).add_(0.01 * a)
+
+    steps = dict(here=lambda: torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), 0.01), SdAE=copied)
+    rows = [dict(name=name, ms=1e3 * float(np.median(t))) for name, t in alternate(steps, args).items()]
+    print("EMA of ViT-B, ms:", *(f"{row['name']} {row['ms']:.1f}" for row in rows))
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mae", metavar="PATH")
-    parser.add_argument("--sdae", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--compile", action="store_true")
+    commands = dict(step=step, memory=memory, scaling=scaling, ema=ema)
+    parser.add_argument("command", choices=commands)
+    for name in ("mae", "deepmim", "sdae", "bootmae"):
+        parser.add_argument(f"--{name}", metavar="PATH", help="checkout of the official code")
+    parser.add_argument("--methods", nargs="+", default=["MAE", "DDAE", "DeepMIM", "SdAE"], choices=METHODS)
+    parser.add_argument("--sizes", nargs="+", default=["B", "tiny"], choices=SIZES)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", type=int, help="default: step 8, tiny 32; memory 512, SdAE 96")
+    parser.add_argument("--runs", type=int, default=5)
+    for flag in ("compile", "recompute", "profile"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    cuda, B, cfg = args.device == "cuda", args.batch, ddae.Config()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.get_num_threads()} "
-          f"threads, batch {B}, {'bf16' if cuda else 'fp32'}, median of {args.runs}")
-    ids = torch.from_numpy(np.stack([ddae.draw_mask(np.random.default_rng(i), cfg) for i in range(B)])).to(args.device)
-    imgs = torch.randn(B, 3, 224, 224, device=args.device)
-
-    def stepper(model, draws=ids):
-        model.to(args.device)
-        if args.compile:
-            model.compile()
-        optimizer = common.adamw(model, cfg)
-
-        def step():
-            with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
-                loss = model(imgs, draws)[0]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if hasattr(model, "after_step"):
-                model.after_step(1, 10000)
-        return step
-
-    steps = {"MAE": stepper(ddae.DDAE(ddae.Config(**ddae.PRESETS["mae"])))}
-    if args.sdae:
-        for feed in ("full", "masked", "crop", "folds"):
-            steps[f"SdAE, {feed}"] = stepper(sdae.SdAE(sdae.Config(feed=feed)))
-    else:
-        model = ddae.DDAE(cfg)
-        steps["DDAE"] = stepper(model)
-        steps["block masks"] = lambda: [ddae.draw_mask(np.random.default_rng(i), cfg) for i in range(B)]
-        steps["distance maps"] = lambda: ddae.distance_map(ids[:, :cfg.num_keep], model.distances)
-    if args.mae:
-        steps["official MAE"] = stepper(official_mae(args.mae), 0.75)  # it takes a mask ratio
-
-    times, memory = {name: [] for name in steps}, {}
-    for run in range(args.runs + 1):  # the first is a warm-up
-        for name, step in steps.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-                memory[name] = f", peak memory with all models held {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-            times[name] += [time.perf_counter() - start] if run else []
-    for name, t in times.items():
-        print(f"{name:14} {1e3 * np.median(t):10.3f} ms per batch ({1e3 * min(t):.3f} to {1e3 * max(t):.3f}), "
-              f"{B / np.median(t):.4g} images/s{memory.get(name, '')}")
-
-    flops = {}
-    for name in steps if args.sdae else ():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-            steps[name]()
-        flops[name] = counter.get_total_flops()
-    for name in steps:
-        if name != "MAE" and (args.sdae or "MAE" in name):
-            ratios = np.array(times[name]) / times["MAE"]  # pair by pair
-            print(f"{name:14} / MAE: time {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
-                  + (f", FLOPs {flops[name] / flops['MAE']:.3f}" if flops else ""))
-    if not args.sdae:
-        share = (np.median(times["block masks"]) + np.median(times["distance maps"])) / np.median(times["DDAE"])
-        print(f"block masks and distance maps / DDAE: {share:.3%}")
+    warnings.filterwarnings("ignore")
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if args.device == 'cuda' else 'one CPU core'}, "
+          f"medians of {args.runs}")
+    rows = commands[args.command](args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """
-All methods on CIFAR-10 at equal budgets: nearest neighbors, linear probe, and fine-tuning.
+All methods on CIFAR-10 at equal budgets: nearest neighbors, logistic regression, and fine-tuning.
 
     python results/cifar10.py --data ./cifar10 --out_dir out/cifar10        # four hours on two cores
 
 The same command resumes the study; finished runs are not repeated. Each run is one command of this repository, printed
 when it starts. `--data` is CIFAR-10 as train/ and val/ of class folders, or torchvision's name CIFAR10. The rows:
-    untrained    linear probe and nearest neighbors of a random encoder
+    untrained    nearest neighbors and logistic regression with a random encoder
     scratch      the epochs of fine-tuning without pretraining
-    mae, deepmim, ddae, sdae
+    mae, deepmim, ddae, sdae, beit2 without DDS, with its halves, and with DDS
 All methods pretrain for the same steps with the same encoder, crops, batch size, and learning rate. Only MAE's decoder
 is deeper, so that it costs about as much as DeepMIM's four.
 """
@@ -28,17 +28,19 @@ import ddae  # noqa: E402
 
 SIZES = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
 SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZES.items())
-PRETRAIN = SIZE_FLAGS + " --decoder_dim 96 --decoder_heads 3 --batch_size 64 --base_lr 6e-3 --epochs 4 " \
-    "--warmup_epochs 0.4 --log_every 50 --eval_every 0.5 --eval_images 5000"
+PRETRAIN = SIZE_FLAGS + " --batch_size 64 --base_lr 6e-3 --epochs 4 --warmup_epochs 0.4 --log_every 50 " \
+    "--eval_every 0.5 --eval_images 5000"
+DECODER = "--decoder_dim 96 --decoder_heads 3"
+BEIT2 = "beit2.py --tokenizer pixels --K 3 --early_layers 4 --head_layers 1 --color_jitter 0"
 METHODS = {
-    "mae": "deepmim.py --taps 6 --decoder_depth 4",
-    "deepmim": "deepmim.py --decoder_depth 2",
-    "ddae": "ddae.py --K 3 --momentum 0.99 --decoder_depth 2",
-    "sdae": "sdae.py --drop_path 0 --decoder_depth 2",
+    "mae": f"deepmim.py --taps 6 {DECODER} --decoder_depth 4",
+    "deepmim": f"deepmim.py {DECODER} --decoder_depth 2",
+    "ddae": f"ddae.py --K 3 --momentum 0.99 {DECODER} --decoder_depth 2",
+    "sdae": f"sdae.py --drop_path 0 {DECODER} --decoder_depth 2",
+    **{f"beit2_{dds}": f"{BEIT2} --dds {dds}" for dds in ("none", "d", "ds", "dds")},
 }
 FINETUNE = "finetune.py --preset quick --epochs 2 --warmup_epochs 0.4 --log_every 50"
 SCRATCH = f"finetune.py --preset quick_scratch {SIZE_FLAGS} --epochs 2 --warmup_epochs 0.4 --log_every 50"
-LINEAR = "finetune.py --preset quick_linear --epochs 2 --log_every 50"
 
 
 def run(command, out_dir):
@@ -85,10 +87,10 @@ def main():
         if name in METHODS:
             run(f"{METHODS[name]} {PRETRAIN} {end}", out)
             tuned = accuracy(f"{FINETUNE} {init}", out / "finetune")
-        found = run(f"finetune.py --mode knn --eval_images 10000 {init}", out / "knn")
-        knn = f"{float(re.search(r'knn +([0-9.]+)', found)[1]):.1f}"
-        rows.append((name, knn, accuracy(f"{LINEAR} {init}", out / "linear"), tuned))
-    print("| encoder | kNN | linear | fine-tuned |\n|---|---|---|---|")
+        found = [run(f"finetune.py --mode {mode} --eval_images 10000 {init}", out / mode) for mode in ("knn", "probe")]
+        frozen = [f"{float(re.search(r'^(knn|probe) +([0-9.]+)', text, re.M)[2]):.1f}" for text in found]
+        rows.append((name, *frozen, tuned))
+    print("| encoder | kNN | probe | fine-tuned |\n|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

@@ -1,18 +1,28 @@
 """Measurements and pictures of evaluate.py and analyze.py against loops, golden values, and single pixels."""
+import csv
+import functools
 import json
+import shutil
 import sys
 from itertools import permutations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, TINY, Run
 from matplotlib.image import imread
+from PIL import Image
 from scipy.ndimage import distance_transform_edt
-from test_finetune import HERE, VIT, center, encoder, images, noisy, run, save  # noqa: F401, fixtures
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from test_common import config
+from test_finetune import (CLASSES, HERE, VIT, build, center, encoder, images, noisy, run, save,  # noqa: F401
+                           tuned)
 
 import analyze
 import common
@@ -49,7 +59,31 @@ def test_knn_of_two_processes_equals_a_loop(images, encoder):
     vit.load_state_dict(common.load(encoder)["model"])
     found = knn_by_loop(*([(feature(vit, center(image, 16, 1)), y) for image, y in common.Folder(images / split)]
                           for split in ("train", "val")))
-    assert out.count(f"unreadable {broken}") == 1 and f"knn {found:.6g}  val_images 13  train_images 35" in out
+    se = 100 * np.std([1] * round(0.13 * found) + [0] * round(13 - 0.13 * found)) / 13 ** 0.5
+    assert out.count(f"unreadable {broken}") == 1 and f"knn {found:.6g}  knn_se {se:.6g}  val_images 13  train" in out
+
+
+def test_probe_equals_scikit_learn(images, encoder, monkeypatch, run):
+    """Strength, accuracy, and the minimum; and two processes equal one."""
+    flags = f"--mode probe --data {images} --init {encoder} {HERE}"
+    assert run(flags).splitlines()[-1] == Run(flags, 2, path=ROOT / "finetune.py").output().splitlines()[-1]
+    x, noise = torch.randn(900, 2, 10), torch.randn(900, 3)
+    y, x = (x[:, 0, :3] + noise).argmax(1), 5 * x + 1
+    monkeypatch.setattr(evaluate, "outputs", lambda *_: [(x[:600], y[:600], 0), (x[600:], y[600:], 0)])
+    found = evaluate.probe(None, None, "cpu", None)
+
+    def fit(ids, strength):
+        return LogisticRegression(C=1 / (len(ids) * strength), tol=1e-8, max_iter=1000).fit(z[ids], y[ids])
+
+    z, order = x.flatten(1), np.random.default_rng(0).permutation(600)
+    z = (z - z[:600].mean(0)) / z[:600].std(0, correction=0)
+    losses = {10.0 ** i: log_loss(y[order[:120]], fit(order[120:], 10.0 ** i).predict_proba(z[order[:120]]))
+              for i in range(-6, 2)}
+    theirs, head = fit(range(600), found["strength"]), nn.Linear(20, 3)
+    assert found["strength"] == min(losses, key=losses.get) not in (1e-6, 10)
+    assert found["probe"] == pytest.approx(100 * theirs.score(z[600:], y[600:]), abs=0.3)
+    evaluate.logistic_regression(head, z[:600], y[:600], found["strength"], 1000)
+    assert np.abs(head.weight.detach().numpy() - theirs.coef_).max() < 1e-3
 
 
 @torch.no_grad()
@@ -64,7 +98,7 @@ def test_evaluation_during_pretraining(images):
         found.append(evaluate.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
     samples.source.classes = [""]  # unlabeled
     found.append(evaluate.evaluate_encoder(model, cfg, *common.setup(cfg), samples))
-    assert found[0] == found[1] == found[2] | dict(knn=found[0]["knn"]) and "knn" not in found[2]
+    assert found[0] == found[1] == found[2] | {k: found[0][k] for k in ("knn", "knn_se")} != found[2]
     val, ids = common.open_data(cfg, "val"), np.random.default_rng(0).permutation(13)[:7].tolist()
     picked = [(center(val[i][0], 16, 1), val[i][1]) for i in ids]
     masks = [torch.from_numpy(ddae.draw_mask(np.random.default_rng((0, i)), cfg))[None] for i in ids]
@@ -86,6 +120,64 @@ def test_panels_are_images_maps_and_features_in_common_colors(tmp_path):
     assert (columns[2] == 1).all(-1).mean() > 0.4  # zeros stay blank
     want = (colors[0, :, 0, 0].numpy() * common.STD + common.MEAN).clip(0, 1)
     assert np.abs(columns[0] - want).max(-1).min() < 0.02  # the color of the first pixel is there
+
+
+def test_small_images_are_decoded_once_by_all_workers(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i, shape in enumerate([(10, 12, 3)] * 6 + [(9, 12, 3), (10, 12)]):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"a/{i}.png")
+    cfg, bad = config(f"--data {tmp_path} --num_workers 2"), {}
+    source = common.open_data(cfg, "train")
+    read = functools.partial(evaluate.read_center, source, cfg)
+    first = [x for x in evaluate.read_each(read, source, range(8), cfg, batch_size=2)]
+    shutil.rmtree(tmp_path / "a")
+    again = [x for x in evaluate.read_each(read, source, range(8), cfg, batch_size=2, bad=bad)]
+    assert len(first) == 4 and len(again) == 3 and {Path(name).name for name in bad} == {"6.png", "7.png"}
+    for (img, *label), (img2, *label2) in zip(sum(first, [])[:6], sum(again, [])):
+        assert torch.equal(img, img2) and label == label2
+
+
+@torch.no_grad()
+def test_photos_are_classified_and_embedded(tuned, encoder, tmp_path, run):
+    """Turned as EXIF says, also in subfolders. A broken one is named; what is no image is passed over."""
+    names, exif = [tmp_path / "photos" / name for name in ("c.png", "sub/d.png", "sub/e.png")], Image.Exif()
+    names[1].parent.mkdir(parents=True)
+    for other in ("a.png", "b.txt"):
+        (tmp_path / "photos" / other).write_text("broken")
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    for name in names:
+        image.save(name, exif=exif)
+    image, flags = image.transpose(Image.Transpose.ROTATE_270), f"{tmp_path}/photos {HERE} --out_dir {tmp_path} --init"
+    assert run(f"--predict {flags} {tuned}").count("unreadable") == 1
+    p = build(f"--eval --init {tuned}").eval().logits(center(image, 16, 0.875)).softmax(1)[0]
+    want = [text for i in p.argsort(descending=True) for text in (CLASSES[i], f"{p[i]:.4g}")]
+    assert list(csv.reader(open(tmp_path / "predictions.csv")))[1:] == [[str(name), *want] for name in names]
+    Run(f"--embed {flags} {encoder}", 2, path=ROOT / "finetune.py").wait()
+    vit = timm.models.VisionTransformer(16, 4, embed_dim=16, depth=3, num_heads=2, num_classes=0).eval()
+    vit.load_state_dict(common.load(encoder)["model"])
+    tokens, found = vit.forward_features(center(image, 16, 1))[0].numpy(), np.load(tmp_path / "features.npz")
+    assert found["files"].tolist() == [str(name) for name in names]  # as in one process
+    np.testing.assert_allclose(found["cls"], [tokens[0]] * 3, atol=1e-5)
+    np.testing.assert_allclose(found["mean"], [tokens[1:].mean(0)] * 3, atol=1e-5)
+
+
+def test_micro_batch_auto_is_the_largest_divisor_with_which_a_step_fits(images, monkeypatch):
+    forward, tried = ddae.DDAE.forward, []
+
+    def small_memory(model, imgs, draws):
+        tried.append(len(imgs))
+        if len(imgs) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, imgs, draws)
+
+    monkeypatch.setattr(ddae.DDAE, "forward", small_memory)
+    cfg = config(f"--batch_size 24 --micro_batch auto --data {images}")
+    model, samples = ddae.DDAE(cfg), common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
+    before = [p.clone() for p in model.parameters()]
+    found = evaluate.largest_batch(model, cfg, *common.setup(cfg), samples, common.adamw)
+    assert found == 6 and tried == [24, 12, 8, 6]
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 
 # --- analyze.py -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """Flags, data, schedule, and optimizer of common.py, and what the README says of all scripts."""
+import functools
+import itertools
 import re
 import shutil
 import sys
@@ -11,16 +13,19 @@ import torch
 import torchvision
 from conftest import ROOT, TINY
 from PIL import Image
+from torchvision.transforms import v2
 
+import beit2
 import common
 import ddae
 import deepmim
+import evaluate
 import finetune
 import sdae
 from shapes import Shapes
 from transfer import detect, robustness, segment
 
-SCRIPTS = [ddae, deepmim, sdae, finetune, robustness, segment, detect]
+SCRIPTS = [ddae, deepmim, sdae, beit2, finetune, robustness, segment, detect]
 
 
 def config(flags=""):
@@ -32,7 +37,7 @@ def config(flags=""):
 @pytest.mark.parametrize("flags, message", [
     ("--epoch 3", "unknown --epoch; did you mean --epochs?"), ("--epochs ten", "invalid int value: 'ten'"),
     ("--epochs 0", "--epochs must be finite and at least 1, got 0"), ("--base_lr nan", "--base_lr must be finite"),
-    ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty")])
+    ("--epochs 1", "must be below --epochs"), ("--data=", "--data is empty"), ("--zzz 1", "unknown --zzz")])
 def test_wrong_flags_get_a_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         config(flags)
@@ -110,6 +115,22 @@ def test_modes():
     for kind in (np.int32, np.float32):
         with pytest.raises(ValueError, match="32-bit"):
             common.to_rgb(Image.fromarray(ramp.astype(kind)))
+
+
+def test_crops_are_torchvisions_and_nearly_so_of_jpegs_at_reduced_scale(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8))
+    noise.resize((600, 400), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
+    full, cubic = common.to_rgb(Image.open(tmp_path / "x.jpg")), v2.InterpolationMode.BICUBIC
+    for size, seed in itertools.product((210, 64), range(10)):  # every crop has twice the pixels of the latter
+        torch.manual_seed(seed)
+        found = common.Crop(size, (0.2, 1.0))(image := Image.open(tmp_path / "x.jpg")).int()
+        torch.manual_seed(seed)
+        wanted = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=cubic)(full)
+        assert (image.width < 600) == (size == 64)
+        assert (found - wanted).abs().float().mean() < 2 if size == 64 else torch.equal(found, wanted.int())
+    found = evaluate.read_center([(image := Image.open(tmp_path / "x.jpg"), 0)], config("--img_size 64"), 0)[0].int()
+    wanted = v2.functional.center_crop(v2.functional.resize(full, [64], cubic), [64])
+    assert image.size == (300, 200) and (found - wanted).abs().float().mean() < 1
 
 
 def test_shapes_are_what_they_say():

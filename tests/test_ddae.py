@@ -58,6 +58,26 @@ def test_masks_are_exact(mask, size, patch, ratio):
         ddae.draw_mask(np.random.default_rng(0), dataclasses.replace(cfg, mask="cross"))
 
 
+def test_block_masks_are_those_of_the_generators_own_distributions():
+    def simulate(rng, h, w, missing):
+        mask, smallest = np.zeros((h, w), bool), max(1.0, 16 * h * w / 196)
+        while missing:
+            area, aspect = rng.uniform(*sorted((smallest, missing))), np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))
+            rows, cols = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if 0 < rows < h and 0 < cols < w:
+                top, left = rng.integers(h - rows, endpoint=True), rng.integers(w - cols, endpoint=True)
+                larger = mask.copy()
+                larger[top:top + rows, left:left + cols] = True
+                if (larger & ~mask).sum() <= missing:
+                    missing, mask = missing - (larger & ~mask).sum(), larger
+        return mask
+
+    for (h, w), missing in (((14, 14), 147), ((8, 8), 48), ((5, 11), 30)):
+        for seed in range(40):
+            mask, rng = ddae.block_mask(np.random.default_rng(seed), (h, w), missing), np.random.default_rng(seed)
+            assert np.array_equal(mask, simulate(rng, h, w, missing))
+
+
 def test_block_masks_have_the_statistics_of_beits_generator():
     masks = [ddae.block_mask(np.random.default_rng(s), (14, 14), 147) for s in range(1500)]
     distance = np.stack([distance_transform_edt(m) for m in masks])

@@ -55,7 +55,7 @@ def test_one_tap_is_mae():
 def test_loss_is_the_sum_of_maes_losses(shared, norm_pix):
     model = make(shared_decoder=shared, norm_pix=norm_pix)
     imgs, ids = batch()
-    outputs, total = model.encoder(imgs, ids[:, :16]), 0
+    outputs, total = model.encoder(imgs, ids[:, :16], range(7)), 0
     loss, metrics = model(imgs, ids)
     assert len(metrics) == 4 and len(model.decoders) == (1 if shared else 4)
     for i, g in enumerate((3, 4, 5, 6)):

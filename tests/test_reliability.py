@@ -264,3 +264,10 @@ def test_broken_images_are_skipped_named_once_and_counted(start, images, out, tm
     assert differences(out / "worker", out) == []
     text = start(f"{flags} --max_bad 0.12 --out_dir {out}/many").output().splitlines()[-1]
     assert text == "5 of 37 images are unreadable, more than --max_bad 0.12"
+
+
+def test_trains_without_what_windows_lacks(images, tmp_path):
+    code = "import filelock, os, signal, sys, torchvision; sys.modules['fcntl'] = None; " \
+           "del os.fork, os.pread, signal.SIGUSR1, signal.SIGCHLD; import ddae; ddae.main()"
+    flags = f"{TINY} --data {images} --epochs 1 --warmup_epochs 0 --max_steps 2 --out_dir {tmp_path}"
+    subprocess.run([sys.executable, "-c", code, *flags.split()], cwd=ROOT, check=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT, Run, differences, log
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
@@ -145,6 +146,18 @@ def test_layout_maps_0_to_unlabeled_and_k_to_k_minus_1(tmp_path):
     source = segment.Ade(root, "train", 0)
     assert source[0][1][::2, ::20].flatten().tolist() == [255, 0, 1, 2, 3, 255] and len(source) == 5
     assert source.classes == ["k0", "k1", "k2", "k3"] and len(segment.Ade(root, "val", 150).classes) == 150
+    with pytest.raises(SystemExit, match="0.png has label 4, but 4 classes from 0 end at 3"):
+        segment.Ade(root, "train", 0, 0)[0]
+    assert segment.Ade(root, "train", 5, 0)[0][1][::2, ::20].flatten().tolist() == [0, 1, 2, 3, 4, 255]
+
+
+def test_shares_of_labels_are_printed(tmp_path, capsys):
+    root = ade(tmp_path)
+    segment.open_pairs(config(f"--data {root} --ignore_label 4"), "train")
+    n = sum(np.bincount(np.array(Image.open(p)).ravel()) for p in (root / "annotations/training").iterdir())
+    a, b, c, d, e = n / n.sum()
+    says = f"3 of 5 classes in 5 of 5 files: 1 k0 {b:.1%}, 2 k1 {c:.1%}, 3 k2 {d:.1%}; unlabeled (0, 4) {a + e:.1%}"
+    assert f"{root}/annotations/training: {says}\n" == capsys.readouterr().out
 
 
 def test_samples_depend_on_their_key_alone_and_are_padded_with_gray_right_and_below(tmp_path):
@@ -212,7 +225,7 @@ def test_slide_equals_the_whole_image_for_a_1x1_convolution():
         assert seen == [(1, 3, 32, 32)] * windows  # one shape, whatever the image's: kernels are planned once
 
 
-def test_evaluation_counts_at_the_size_of_labels_and_ends_on_nan(tmp_path):
+def test_evaluation_counts_at_the_size_of_labels_of_a_spread_and_ends_on_nan(tmp_path, monkeypatch):
     cfg, source, logit = config(f"--out_dir {tmp_path}"), segment.Ade(ade(tmp_path), "val", 0), torch.zeros(4)
     model = SimpleNamespace(logits=lambda imgs: logit.view(1, 4, 1, 1).expand(1, 4, 32, 32))
     logit[2] = 1  # it says class 2 everywhere
@@ -225,6 +238,10 @@ def test_evaluation_counts_at_the_size_of_labels_and_ends_on_nan(tmp_path):
     logit[3] = math.nan
     with pytest.raises(SystemExit, match="not finite"):
         segment.evaluate(model, cfg, torch.device("cpu"), FP32, source)
+    monkeypatch.setattr(segment, "read_each", lambda read, source, ids, *_, **more: seen.extend(ids) or [])
+    source.samples, seen = source.samples * 30, []
+    segment.evaluate(model, cfg, torch.device("cpu"), FP32, source)
+    assert len(seen) == 3 and max(seen) > 9
 
 
 def test_resumes_bitwise_without_the_init_file_and_then_evaluates_and_predicts(tmp_path, monkeypatch, capsys):
@@ -242,8 +259,12 @@ def test_resumes_bitwise_without_the_init_file_and_then_evaluates_and_predicts(t
     for out, more in ((whole, f"--init {whole}/model.pt"), (new, f"--init {whole}/model.pt --out_dir {new}")):
         Run(f"{TINY} --data {data} --eval {more}", 2, path=ROOT / "transfer/segment.py").wait()
         main(monkeypatch, f"--predict {photo} {more}")
-        assert {p.name for p in {*out.iterdir()} - before} == {"eval_per_class.txt", "photo_segmented.png"}
+        assert {p.name for p in {*out.iterdir()} - before} == {"eval_per_class.txt", "predicted"}
         assert (out / "eval_per_class.txt").read_text() == table == (whole / "per_class.txt").read_text()
+    main(monkeypatch, f"--predict {data}/images/validation --out_dir {whole}")
+    found, true = (torch.cat([torchvision.io.decode_image(f"{path}/{i}.png").flatten() for i in range(3)])
+                   for path in (whole / "predicted", data / "annotations/validation"))
+    assert 100 * (found == true)[true > 0].double().mean() == pytest.approx(log(whole)[-1]["aAcc"], rel=1e-5)
     (data / "classes.json").write_text(json.dumps([dict(name=f"k{k}") for k in (1, 0, 2, 3)]))
     with pytest.raises(SystemExit, match="trained on other classes .* k0, now k1; k1, now k0"):
         main(monkeypatch, f"--eval --data {data} --out_dir {cut}")
@@ -253,19 +274,20 @@ def test_broken_files_are_skipped_counted_and_limited(tmp_path, monkeypatch, cap
     root, out = ade(tmp_path / "data", counts=(12, 3)), tmp_path / "out"
     (root / "images/training/0.png").write_bytes(b"no image")
     (root / "annotations/training/1.png").unlink()
-    Image.new("L", Image.open(root / "images/training/2.png").size, 9).save(root / "annotations/training/2.png")
     Image.new("L", (5, 5)).save(root / "annotations/validation/1.png")
     main(monkeypatch, f"--data {root} --out_dir {out} --max_bad 0.5")
     said = capsys.readouterr().out
     assert "training/0.png: Unidentified" in said and "training/1.png: FileNotFoundError" in said
-    assert "training/2.png has label 9" in said and "validation/1.png has mode L and size (5, 5)" in said
-    assert log(out)[-2]["unreadable"] == 3 and log(out)[-1]["val_images"] == 2
+    assert "validation/1.png has mode L and size (5, 5)" in said
+    assert log(out)[-2]["unreadable"] == 2 and log(out)[-1]["val_images"] == 2
     with pytest.raises(SystemExit, match="1 of 3 images are unreadable, more than --max_bad"):
         main(monkeypatch, f"--data {root} --out_dir {out} --eval")
 
 
 def test_bad_input_is_answered_in_one_line(tmp_path, monkeypatch):
     torch.save(ddae.ViT(36, 12, 24, 4, 1).state_dict(), tmp_path / "e.pt")
-    for more, says in (("", "--img_size 32 must be two or more whole patches"), ("--eval", "is no upernet model")):
+    (ade(tmp_path) / "classes.json").unlink()
+    for more, says in (("", "--img_size 32 must be two or more whole patches"), ("--eval", "is no upernet model"),
+                       (f"--img_size 48 --data {tmp_path}", "no classes.json")):
         with pytest.raises(SystemExit, match=says):
             main(monkeypatch, f"--init {tmp_path}/e.pt {more}")

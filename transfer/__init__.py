@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import common
 import finetune
+from evaluate import read_each
 
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 
@@ -29,8 +31,9 @@ def fit(cfg, method, saved):
     if path:
         weights, config = finetune.read_weights(path)
         if config.get("method") == method:
-            fields, classes = {k: config[k] for k in saved}, config["classes"]
+            fields, classes = {k: config[k] for k in saved if k in config}, config["classes"]
         else:
+            weights = finetune.vit_weights(weights, path)
             sizes = finetune.vit_sizes(weights, config, path)
             fields = {k: sizes[k] for k in SIZES}
     if not training:
@@ -54,19 +57,26 @@ def load_backbone(backbone, weights, path):
                   f"not used: {', '.join([k for k in weights if k not in own][:6])}")
 
 
-def open_picture(path):
-    """The picture of --predict, turned as its EXIF says -> uint8 (3, H, W)."""
-    try:
-        return common.to_rgb(ImageOps.exif_transpose(Image.open(path)))
-    except Exception as error:  # broken files raise nearly anything
-        sys.exit(f"--predict {path}: {error}")
+class Pictures:
+    """A picture, or those in a folder: [i] -> its path, uint8 (3, H, W), turned as its EXIF says."""
+
+    def __init__(self, path):
+        names = sorted(path.iterdir()) if path.is_dir() else []
+        found = [p for p in names if p.name[0] != "." and p.suffix.lower() in IMG_EXTENSIONS]
+        if path.is_dir() and not found:
+            sys.exit(f"{path.absolute()} has no pictures: files whose names end in {', '.join(IMG_EXTENSIONS)}")
+        self.samples = [(str(p),) for p in found or [path]]
+
+    def __getitem__(self, i):
+        path, = self.samples[i]
+        return Path(path), common.to_rgb(ImageOps.exif_transpose(Image.open(path)))
 
 
 def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, predict):
-    """Train, evaluate on val (--eval), or draw what is found in a picture (--predict).
+    """Train, evaluate on val (--eval), or write what is found in pictures (--predict).
 
     open_data(cfg, split) -> source; Samples(source, cfg) -> common.Samples; evaluate(model, cfg, device, autocast,
-    source) -> metrics by name, in all processes; predict(model, cfg, classes, device, autocast) writes its file.
+    source) -> metrics by name, in all processes; predict(model, cfg, path, img, classes, device, autocast): a picture.
     """
     cfg, weights, classes = fit(cfg, Model.__name__.lower(), saved)
     device, autocast = common.setup(cfg)
@@ -86,7 +96,11 @@ def run(cfg, Model, saved, open_data, Samples, optimizer, schedule, evaluate, pr
     elif weights:
         load_backbone(model.backbone, weights, cfg.init)
     if cfg.predict:
-        return predict(model.to(device).eval(), cfg, classes, device, autocast)
+        source = Pictures(Path(cfg.predict))
+        model.to(device).eval()
+        for (path, img), in read_each(source.__getitem__, source, range(len(source.samples)), cfg, batch_size=1):
+            predict(model, cfg, path, img, classes, device, autocast)
+        return
     if cfg.eval:
         metrics = evaluate(model.to(device).eval(), cfg, device, autocast, val)
         common.print0("  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))

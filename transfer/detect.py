@@ -66,6 +66,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 import common
 import finetune
 from ddae import Block, ViT, init_weights, patchify, sincos_pos_embed
+from evaluate import read_each, sync_buffers
 from shapes import Shapes
 from transfer import segment
 
@@ -76,7 +77,7 @@ class Config(common.RunConfig):
     init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or model.pt of this file; sizes are taken from it
     out_dir: str = "out/detect"  # [ours] checkpoints, log, and pictures; with --eval or --predict: --init's folder
     eval: bool = False  # [ours] no training: AP of --init, by default out_dir's model.pt
-    predict: str = ""  # [ours] no training: draw what --init, by default out_dir's model.pt, finds in this picture
+    predict: str = ""  # [ours] no training: draw what --init, by default out_dir's model.pt, finds in picture or folder
     style: Literal["taps", "vitdet"] = "taps"  # [SdAE; DeepMIM] see above
     img_size: int = 800  # [SdAE] taps: largest shorter side, the longer is up to 5/3 of it; vitdet: side of the canvas
     scale: tuple[float, ...] = (0.6, 1.0)  # [SdAE] range of random sizes, times img_size; taps: steps of img_size / 25
@@ -538,9 +539,9 @@ def average_precision(found, source):
 @torch.no_grad()
 def evaluate(model, cfg, device, autocast, source):
     """AP over `source` -> metrics by name; results.json (eval_results.json) has them in COCO's format."""
-    finetune.sync_buffers(model)
+    sync_buffers(model)
     ids, found = range(len(source))[:cfg.eval_images or None], []
-    for (img, record), in finetune.read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
+    for (img, record), in read_each(Scenes(source, cfg).read, source, ids, cfg, batch_size=1):
         with autocast:
             detections = model([common.to_device(img, {}, device)[0]])[0]
         detections = {k: v.cpu() for k, v in detections.items()}
@@ -559,11 +560,10 @@ def evaluate(model, cfg, device, autocast, source):
 
 
 @torch.no_grad()
-def predict(model, cfg, classes, device, autocast):
+def predict(model, cfg, path, img, classes, device, autocast):
     """--predict: draw boxes, masks, and names of what scores above a half."""
-    img = segment.open_picture(cfg.predict)
     if max(img.shape[1:]) > 50 * min(img.shape[1:]):
-        sys.exit(f"--predict {cfg.predict}: {img.shape[2]} x {img.shape[1]} pixels; resized, one side would vanish")
+        sys.exit(f"--predict {path}: {img.shape[2]} x {img.shape[1]} pixels; resized, one side would vanish")
     img = v2.functional.resize(img, 800, max_size=1333)
     with autocast:
         found = model([common.to_device(img, {}, device)[0]])[0]
@@ -576,7 +576,7 @@ def predict(model, cfg, classes, device, autocast):
         img = draw_segmentation_masks(img, mask, 0.5, color)
     img = draw_bounding_boxes(img, found["boxes"], names, colors, width=3, fill_labels=True, label_colors="white",
                               font=findfont("DejaVu Sans"), font_size=14)
-    path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_detected.png"
+    path = Path(cfg.out_dir) / f"{path.stem}_detected.png"
     with common.replacing(path) as temporary:
         v2.functional.to_pil_image(img).save(temporary)
     common.print0(f"wrote {path}")

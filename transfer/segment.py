@@ -10,8 +10,8 @@ One training step, `UperNet.forward`. D width, C head channels, K classes, (h, w
     loss   = CE(logits, labels) + 0.4 * CE(aux(taps[2]), labels), both resized to the crop
 
 Data: `--data FOLDER` in ADE20K's layout, images/{training,validation}/*.jpg and annotations/{training,validation}/*.png
-of the same name, where 0 and 255 are unlabeled and 1..K the classes; or `shapes`, generated. Label 255 below is
-unlabeled: ignored in the loss and in all metrics.
+of the same name, where 0 and 255 are unlabeled and 1..K the classes (others: --labels_from, --ignore_label); or
+`shapes`, generated. Label 255 below is unlabeled: ignored in the loss and in all metrics.
 
 Easy to get wrong, and done here as in the published runs:
   - the cross-entropy is divided by all pixels, unlabeled and padded ones too, as in mmseg
@@ -25,7 +25,7 @@ Easy to get wrong, and done here as in the published runs:
     python -m transfer.segment --preset quick --init out/quick/encoder.pt         # generated images, 2 CPU cores
     torchrun --nproc_per_node=8 -m transfer.segment --preset ddae --data ADE --init out/ddae/encoder.pt --out_dir out/s
     python -m transfer.segment --eval --data ADE --init out/s/model.pt
-    python -m transfer.segment --predict photo.jpg --init out/s/model.pt          # photo_segmented.png, beside model.pt
+    python -m transfer.segment --predict photo.jpg --init out/s/model.pt    # or a folder; out/s/predicted/photo.png
 """
 import colorsys
 import itertools
@@ -33,6 +33,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,15 +41,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 import common
 import finetune
 from ddae import Block, ViT, init_weights, patchify
-from shapes import Shapes
-from transfer import SIZES, open_picture, run
+from evaluate import Attempt, choose, read_each, sync_buffers
+from shapes import LabeledShapes
+from transfer import SIZES, Pictures, run
 
 IGNORE = 255  # the label of unlabeled pixels
 
@@ -59,7 +60,7 @@ class Config(common.RunConfig):
     init: str = ""  # [ours] encoder.pt, a ViT of MAE or timm, or model.pt of this file; sizes are taken from it
     out_dir: str = "out/segment"  # [ours] checkpoints, log, pictures; if not given, --eval and --predict take --init's
     eval: bool = False  # [ours] no training: metrics of --init, by default out_dir's model.pt
-    predict: str = ""  # [ours] no training: segment this picture with --init, by default out_dir's model.pt
+    predict: str = ""  # [ours] no training: segment this picture or folder with --init, by default out_dir's model.pt
     img_size: int = 512  # [AAAI, SdAE, DeepMIM] side of the square crop, and of the windows in evaluation
     patch_size: int = 0  # [MAE] 0: as in --init, else 16
     embed_dim: int = 0  # [MAE] 0: as in --init, else 768
@@ -70,7 +71,9 @@ class Config(common.RunConfig):
     drop_path: float = 0.1  # [DeepMIM] largest fraction of samples that skip a branch, in the last block
     channels: int = 768  # [code: DeepMIM, BootMAE] width of the head
     aux_weight: float = 0.4  # [code: DeepMIM, BootMAE] weight of the auxiliary head; 0: none
-    num_classes: int = 0  # [ours] 0: as many as classes.json or objectInfo150.txt of --data names, else 150
+    num_classes: int = 0  # [ours] 0: as many as classes.json or objectInfo150.txt of --data names
+    labels_from: Literal["0", "1"] = "1"  # [ours] the first class in label files; from 1, 0 is unlabeled
+    ignore_label: int = 255  # [ours] what is unlabeled in label files
     scale: tuple[float, ...] = (0.5, 2.0)  # [code: DeepMIM, BootMAE] range of random sizes; 1: shorter side is img_size
     distort: bool = True  # [code: DeepMIM, BootMAE] random brightness, contrast, saturation, and hue
     iterations: int = 160000  # [AAAI] optimizer steps
@@ -81,7 +84,7 @@ class Config(common.RunConfig):
     weight_decay: float = 0.05  # [AAAI, DeepMIM] not on vectors
     adam_betas: tuple[float, ...] = (0.9, 0.999)  # [code: DeepMIM, BootMAE] AdamW's two moments
     eval_every: float = 12.7  # [code: DeepMIM] epochs between evaluations; this is 16k steps on ADE20K
-    eval_images: int = 0  # [ours] validation images to use; 0: all
+    eval_images: int = 0  # [ours] validation images to use, spread over all; 0: all
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,8 +93,7 @@ class Config(common.RunConfig):
         S, p, D, heads = self.img_size, self.patch_size or 1, self.embed_dim, self.num_heads or 1
         assert S > p and S % p == 0, f"--img_size {S} must be two or more whole patches of {p} pixels"
         assert D % 4 == D % heads == 0, f"--embed_dim {D} must be divisible by 4 and by --num_heads {heads}"
-        assert (self.micro_batch or self.batch_size) > 1 or common.WORLD > 1, "--micro_batch must be 2 or more: the " \
-            "average over one image has no batch statistics"
+        assert (self.micro_batch or self.batch_size) != 1 or common.WORLD > 1, "--micro_batch 1: batch norm needs more"
 
 
 PRESETS = {
@@ -110,18 +112,18 @@ PRESETS = {
 # --- data -------------------------------------------------------------------------------------------------------------
 
 class Ade:
-    """ADE20K's folder layout, any number of classes: [i] -> PIL image, label uint8 (H, W) with 255 unlabeled."""
+    """ADE20K's folder layout: [i] -> PIL image, label uint8 (H, W) with 255 unlabeled."""
 
-    def __init__(self, root, split, num_classes):
+    def __init__(self, root, split, num_classes=0, first=1, ignored=255):
         part = {"train": "training", "val": "validation"}[split]
         images, annotations = root / "images" / part, root / "annotations" / part
         if not images.is_dir() or not annotations.is_dir():
             sys.exit(f"--data {root.absolute()} must hold the folders images/{part} and annotations/{part}")
-        files = sorted(p for p in images.iterdir() if p.name[0] != "." and p.suffix.lower() in IMG_EXTENSIONS)
-        self.samples = [(str(p), str(annotations / f"{p.stem}.png")) for p in files]
-        names = class_names(root)
-        n = num_classes or len(names) or 150
-        self.classes = (names + [f"class {i + 1}" for i in range(len(names), n)])[:n]
+        self.samples = [(p, str(annotations / f"{Path(p).stem}.png")) for p, in Pictures(images).samples]
+        names, self.folder, self.first, self.ignored = class_names(root), annotations, first, ignored
+        if not names and not num_classes:
+            sys.exit(f"{root.absolute()} has no classes.json, a list of names; add it, or give --num_classes")
+        self.classes = (names + [f"class {i + first}" for i in range(len(names), num_classes)])[:num_classes or None]
 
     def __len__(self):
         return len(self.samples)
@@ -129,45 +131,46 @@ class Ade:
     def __getitem__(self, i):
         path, K = self.samples[i][1], len(self.classes)
         image, label = map(Image.open, self.samples[i])
+        ImageOps.exif_transpose(image, in_place=True)
         if label.mode not in ("L", "P") or label.size != image.size:
             raise ValueError(f"{path} has mode {label.mode} and size {label.size}, not 8 bits and size {image.size}")
         raw = np.array(label)
-        highest = raw[raw < 255].max(initial=0)
-        if highest > K:
-            raise ValueError(f"{path} has label {highest}, above the {K} classes; correct it, or give --num_classes")
-        return image, torch.from_numpy(np.where(raw == 255, np.uint8(IGNORE), raw - np.uint8(1)))  # 0 - 1 wraps to 255
+        unlabeled = (raw == self.ignored) | (raw < self.first)
+        highest = raw[~unlabeled].max(initial=0)
+        if highest >= K + self.first:  # no broken file, but wrong flags: it must not be skipped
+            sys.exit(f"{path} has label {highest}, but {K} classes from {self.first} end at {K + self.first - 1}; give "
+                     f"--num_classes, --labels_from, or --ignore_label {highest} if it is unlabeled")
+        return image, torch.from_numpy(np.where(unlabeled, np.uint8(IGNORE), raw - np.uint8(self.first)))
+
+    def print_labels(self):
+        """Print the share of each class in a hundred files: training on wrongly numbered labels does not fail."""
+        files, counts = choose(len(self), 100), torch.zeros(IGNORE + 1)
+        for item, broken in map(Attempt(self.__getitem__, self).__getitem__, files):
+            counts += item[1].flatten().bincount(minlength=IGNORE + 1) if item else 0
+        share = (counts / counts.sum()).tolist()
+        shown = [f"{i} {name} {x:.1%}" for i, (name, x) in enumerate(zip(self.classes, share), self.first) if x > 0]
+        common.print0(f"{self.folder}: {len(shown)} of {len(self.classes)} classes in {len(files)} of {len(self):,} "
+                      f"files: {', '.join(shown)}; unlabeled ({'0, ' * self.first}{self.ignored}) {share[IGNORE]:.1%}")
+        if not shown:
+            sys.exit(f"no pixel is labeled; {broken}")
 
 
 def class_names(root):
-    """Names in classes.json, a list of {"name": ...}, or in ADE20K's objectInfo150.txt; [] without these files."""
-    try:
-        if (root / "classes.json").exists():
-            return [str(c["name"]) for c in json.loads((root / "classes.json").read_text())]
-        lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
-        return [line.split("\t")[-1].split(",")[0].strip() for line in lines]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError) as error:
-        sys.exit(f"--data {root}: classes.json is no list of {{\"name\": ...}}: {error}")
-
-
-class LabeledShapes(Shapes):
-    """Generated pictures. The ground is a class of its own, so every pixel has a label."""
-    classes = ["ground", *Shapes.classes]
-
-    def __getitem__(self, i):
-        image, masks, labels = self.scene(i)
-        label = torch.zeros(image.shape[:2], dtype=torch.uint8)
-        for mask, k in zip(masks, labels):
-            label[torch.from_numpy(mask)] = 1 + k
-        return Image.fromarray(image), label
+    """Names in classes.json, ["sky", ...] or [{"name": "sky"}, ...], or in ADE20K's objectInfo150.txt; [] without."""
+    ours, ade = root / "classes.json", root / "objectInfo150.txt"
+    if ours.exists():
+        return [str(c["name"] if isinstance(c, dict) else c) for c in json.loads(ours.read_text())]
+    lines = ade.read_text().splitlines()[1:] if ade.exists() else []
+    return [line.split("\t")[-1].split(",")[0].strip() for line in lines]
 
 
 def open_pairs(cfg, split):
     """Images and labels of --data for `split`, "train" or "val"."""
     if cfg.data == "shapes":
         return LabeledShapes(split, cfg.img_size)
-    return Ade(Path(cfg.data), split, cfg.num_classes)
+    source = Ade(Path(cfg.data), split, cfg.num_classes, int(cfg.labels_from), cfg.ignore_label)
+    source.print_labels()
+    return source
 
 
 def rescale(x, low, high, mode=InterpolationMode.BILINEAR):
@@ -202,7 +205,7 @@ class Crops(common.Samples):
     """Training crops by key (epoch, index)."""
 
     def __init__(self, source, cfg):
-        self.source, self.cfg = source, cfg
+        self.source, self.cfg, self.crop = source, cfg, common.to_rgb  # `sample` crops, together with the label
 
     def sample(self, item, rng):
         """Image uint8 (3, H, W), label uint8 (H, W) -> crop uint8 (3, S, S), its label uint8 (S, S)."""
@@ -427,10 +430,10 @@ def class_metrics(confusion):
 
 def evaluate(model, cfg, device, autocast, source):
     """mIoU, mAcc, and aAcc over `source` -> metrics by name; out_dir/per_class.txt, or eval_per_class.txt, by class."""
-    finetune.sync_buffers(model)
-    K, ids = len(source.classes), range(len(source))[:cfg.eval_images or None]
+    sync_buffers(model)
+    K, ids = len(source.classes), choose(len(source), cfg.eval_images)
     confusion, count = torch.zeros(K, K, dtype=torch.int64), 0
-    for (img, label), in finetune.read_each(Crops(source, cfg).read, source, ids, cfg, batch_size=1):
+    for (img, label), in read_each(Crops(source, cfg).read, source, ids, cfg, batch_size=1):
         logits = segment(model, img, cfg, device, autocast)
         if not logits.isfinite().all():
             sys.exit("evaluation stopped: the model's logits are not finite; try --precision fp32")
@@ -440,43 +443,52 @@ def evaluate(model, cfg, device, autocast, source):
     confusion, count = sum(common.gather(confusion)), sum(common.gather(count))
     iou, acc = class_metrics(confusion)
     if common.RANK == 0:
-        rows = zip(source.classes, iou.tolist(), acc.tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
-        path = Path(cfg.out_dir) / ("eval_per_class.txt" if cfg.eval else "per_class.txt")
+        path, table = Path(cfg.out_dir) / ("eval_per_class.txt" if cfg.eval else "per_class.txt"), ""
+        for row in zip(source.classes, *(x.tolist() for x in (iou, acc, confusion.sum(1), confusion.sum(0)))):
+            table += "{:<24.23}{:8.2f}{:8.2f}{:14,}{:14,}\n".format(*row)
         try:
-            with common.replacing(path) as temporary, open(temporary, "w") as file:
-                print(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}", file=file)
-                for name, i, a, labeled, predicted in rows:
-                    print(f"{name[:23]:<24}{i:8.2f}{a:8.2f}{labeled:14,}{predicted:14,}", file=file)
+            with common.replacing(path) as temporary:
+                temporary.write_text(f"{'class':<24}{'IoU':>8}{'acc':>8}{'labeled':>14}{'predicted':>14}\n{table}")
         except OSError as error:
             common.print0(f"warning: {path} not written: {error}")
     return dict(mIoU=iou.nanmean().item(), mAcc=acc.nanmean().item(),
                 aAcc=100 * (confusion.diag().sum() / confusion.sum()).item(), val_images=count)
 
 
-def predict(model, cfg, classes, device, autocast):
-    """--predict: draw the picture, and over it the classes in color with the largest ones named."""
-    img = open_picture(cfg.predict)
-    logits = segment(model, img, cfg, device, autocast)
-    img = rescale(img, 640, 1280)  # the size of the figure; logits of a camera's picture would fill the memory
-    predicted = resize(logits[None], img.shape[1:])[0].argmax(0).cpu().numpy()  # (h, w)
-    colors, picture = palette(len(classes)) / 255, img.permute(1, 2, 0).numpy() / 255
-    figure = Figure((10, 5 * img.shape[1] / img.shape[2] + 0.8), layout="constrained")
-    for ax, shown in zip(figure.subplots(1, 2), (picture, 0.4 * picture + 0.6 * colors[predicted])):
-        ax.imshow(shown)
+def label_map(logits, size):
+    """Logits (K, h, w) -> classes uint8 (*size), one by one: all logits of a camera's picture would fill the memory."""
+    best, label = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8)
+    for k, x in enumerate(logits.cpu()):
+        x = resize(x[None, None], size)[0, 0]
+        label[x > best] = k
+        best = best.maximum(x)
+    return label
+
+
+def predict(model, cfg, path, img, classes, device, autocast):
+    """--predict, in out_dir/predicted: NAME.png, a label file like those of --data; NAME_segmented.png, in color."""
+    label, folder = label_map(segment(model, img, cfg, device, autocast), img.shape[1:]), Path(cfg.out_dir, "predicted")
+    folder.mkdir(exist_ok=True)
+    with common.replacing(folder / f"{path.stem}.png") as temporary:
+        Image.fromarray((label + int(cfg.labels_from)).numpy()).save(temporary)
+    share, colors = label.flatten().bincount(minlength=len(classes)) / label.numel(), palette(len(classes)) / 255
+    picture = rescale(img, 640, 1280).permute(1, 2, 0).numpy() / 255  # (h, w, 3)
+    shown = 0.4 * picture + 0.6 * colors[rescale(label[None], 640, 1280, InterpolationMode.NEAREST)[0]]
+    figure = Figure((10, 5 * shown.shape[0] / shown.shape[1] + 0.8), layout="constrained")
+    for ax, panel in zip(figure.subplots(1, 2), (picture, shown)):
+        ax.imshow(panel)
         ax.set_axis_off()
-    fraction = np.bincount(predicted.ravel(), minlength=len(classes)) / predicted.size
-    largest = [k for k in fraction.argsort()[::-1][:10] if fraction[k] >= 0.005]
-    figure.legend(handles=[Patch(color=colors[k], label=f"{classes[k]} {fraction[k]:.0%}") for k in largest],
+    largest = [k for k in share.argsort(descending=True)[:10].tolist() if share[k] >= 0.005]
+    figure.legend(handles=[Patch(color=colors[k], label=f"{classes[k]} {share[k]:.0%}") for k in largest],
                   loc="outside lower center", ncols=5, frameon=False)
-    path = Path(cfg.out_dir) / f"{Path(cfg.predict).stem}_segmented.png"
-    with common.replacing(path) as temporary:
+    with common.replacing(folder / f"{path.stem}_segmented.png") as temporary:
         figure.savefig(temporary, dpi=110)
-    common.print0(f"wrote {path}")
+    print(f"wrote {folder / path.stem}.png and {path.stem}_segmented.png")
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
 
-SAVED = (*SIZES, "img_size", "rel_pos_bias", "channels", "aux_weight", "num_classes")
+SAVED = (*SIZES, "img_size", "rel_pos_bias", "channels", "aux_weight", "num_classes", "labels_from", "ignore_label")
 
 
 def main():
