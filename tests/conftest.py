@@ -42,7 +42,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     if "method" in metafunc.fixturenames:
         paths = [Path(p).resolve() for p in metafunc.config.getoption("method") or []]
-        paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae", "beit2")]
+        paths = paths or [ROOT / f"{name}.py" for name in ("ddae", "deepmim", "sdae", "beit2", "videomae")]
         metafunc.parametrize("method", [load(p) for p in paths], ids=[p.stem for p in paths], scope="module")
 
 
