@@ -4,6 +4,7 @@ Speed and memory of pretraining.
     python results/bench.py step                  every method, ViT-B and tiny (32 pixels, patches of 4), fp32 and bf16
     python results/bench.py step --mae PATH --deepmim PATH --sdae PATH --bootmae PATH      beside official checkouts
     python results/bench.py step --methods MAE SdAE SdAE-masked SdAE-full SdAE-crop        ways to feed SdAE's teacher
+    python results/bench.py step --methods BEiT2-none BEiT2-dds --sizes B                  DDS over plain BEiT v2
     python results/bench.py step --methods DDAE --sizes B --profile                        with the costliest operations
     python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
     python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
@@ -38,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import beit2  # noqa: E402
 import common  # noqa: E402
 import ddae  # noqa: E402
 import deepmim  # noqa: E402
@@ -66,7 +68,10 @@ METHODS = {
     "SdAE": lambda **size: sdae.SdAE(sdae.Config(**size)),
     **{f"SdAE-{feed}": partial(lambda feed, **size: sdae.SdAE(sdae.Config(feed=feed, **size)), feed)
        for feed in ("masked", "full", "crop")},
+    **{f"BEiT2-{dds}": partial(lambda dds, **size: beit2.BEiT2(
+        beit2.Config(dds=dds, tokenizer="pixels", codes=8192, **size)), dds) for dds in ("none", "d", "ds", "dds")},
 }
+beit2.fit_codes = lambda cfg: torch.randn(cfg.codes, 3 * cfg.patch_size ** 2)  # any codes will do
 
 
 def batch(model, B, device):
