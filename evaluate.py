@@ -145,7 +145,7 @@ def knn(encoder, cfg, device, autocast, *sets):
 
     Weighted vote of the nearest neighbors as in DINO, k = 20.
     """
-    parts = outputs(functools.partial(embed, encoder), cfg, device, autocast, *sets)
+    parts = outputs(lambda imgs: embed(encoder, imgs)[:, :1], cfg, device, autocast, *sets)  # [CLS] would be as large
     bank, queries = ((F.normalize(x[:, 0]).to(device), labels.to(device)) for x, labels, _ in parts)
     found, n = knn_accuracy(*bank, *queries), len(queries[0])
     return dict(knn=found, knn_se=standard_error(found, n), val_images=n, train_images=len(bank[0]))
@@ -235,19 +235,26 @@ def evaluate_encoder(model, cfg, device, autocast, samples):
 def largest_batch(model, cfg, device, autocast, samples, optimizer):
     """--micro_batch auto: the largest divisor of a process's images with which a step fits in memory, in all of them.
 
-    A step of a copy: its weights take as much memory as DDP's buckets of gradients.
+    Two steps of a copy, the second beside the optimizer's state: its weights take as much memory as DDP's buckets.
     """
     share = cfg.batch_size // common.WORLD
     for micro in (n for n in range(share, 0, -1) if share % n == 0):
-        trial = fits = None  # None also frees the last copy
+        trial = updates = fits = None  # None also frees the last copy
         imgs, draws, _ = samples.collate([samples[0, 0]] * micro)
         with contextlib.suppress(torch.OutOfMemoryError), autocast:
             trial = copy.deepcopy(model)
-            trial(*common.to_device(imgs, draws, device))[0].backward()
-            optimizer(trial, cfg).step()
+            updates = optimizer(trial, cfg)
+            for _ in range(2):
+                trial(*common.to_device(imgs, draws, device))[0].backward()
+                updates.step()
+                updates.zero_grad()
             fits = True
         if all(common.gather(fits)):
             break
+    trial = updates = None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # NCCL and Triton take memory of their own
+        torch.cuda.reset_peak_memory_stats()  # peak_gib is of training
     return micro
 
 

@@ -118,8 +118,8 @@ def draft(image, scale):
 class Crop(v2.RandomResizedCrop):
     """torchvision's crop of an image, bicubic -> uint8 (3, S, S). Of a PIL image only the crop becomes a tensor.
 
-    The crop of a JPEG that is at least 2 * S pixels high and wide is decoded at reduced scale, hence a little blurred.
-    All others are bitwise torchvision's.
+    The crop of a JPEG that is at least 2 * S pixels high and wide is decoded at reduced scale, hence a little blurred,
+    unless the image is `Kept`. All others are bitwise torchvision's.
     """
 
     def __init__(self, size, scale):
