@@ -272,7 +272,7 @@ def mask(cfg, path):
 
 
 def open_model(path):
-    """last.pt -> model and draw_mask, by the file of this repository that has the method's name."""
+    """last.pt -> model and its module, the file of this repository that has the method's name."""
     state = common.load(path)
     about = state.get("about", {}) if isinstance(state, dict) else {}
     if not Path(__file__).with_name(f"{about.get('method')}.py").exists():
@@ -282,15 +282,15 @@ def open_model(path):
     Model = next(x for name, x in vars(method).items() if name.lower() == about["method"])
     model = Model(method.Config(**run | dict(init="")))
     common.load_weights(model, state["model"], path)
-    return model.eval(), method.draw_mask
+    return model.eval(), method
 
 
-def block_pictures(model, imgs, ids_shuffle):
+def block_pictures(model, method, imgs, ids_shuffle):
     """DDAE's prediction of each supervised block; its `preview` has the last block's alone."""
     run, first, note = model.cfg, ddae.FIRST[model.cfg.pixel], "\n(true mean, std)" * model.cfg.norm_pix
     visible, true = ddae.take(ddae.patchify(imgs, run.patch_size), ids_shuffle).tensor_split([run.num_keep], 1)
     preds = model.pixel_decoder(model.encode(imgs, ids_shuffle[:, :run.num_keep])[first:], ids_shuffle).float()
-    preds = [ddae.unshuffle(visible, ddae.pixel_picture(x, true, run.norm_pix), ids_shuffle) for x in preds]
+    preds = [ddae.unshuffle(visible, method.pixel_picture(x, true, run.norm_pix), ids_shuffle) for x in preds]
     return {f"block {g}{note}": ddae.unpatchify(x, run.patch_size, model.encoder.grid)
             for g, x in zip(model.taps[first:], preds)}
 
@@ -300,14 +300,14 @@ def reconstruction(cfg, path):
 
     Error of pixels: squared, over the variance of the true patch; its mean color has 1. Of features: 1 - cosine.
     """
-    (model, draw_mask), (device, autocast), panels, numbers = open_model(cfg.init[0]), common.setup(cfg), {}, {}
+    (model, method), (device, autocast), panels, numbers = open_model(cfg.init[0]), common.setup(cfg), {}, {}
     imgs = read_images(cfg, model.cfg.img_size, 6)
-    draws = default_collate([draw_mask(np.random.default_rng((0, i)), model.cfg) for i in range(len(imgs))])
+    draws = default_collate([method.draw_mask(np.random.default_rng((0, i)), model.cfg) for i in range(len(imgs))])
     imgs, draws = common.to_device(imgs, draws, device)
     with autocast:
         shown = model.to(device).preview(imgs, draws)
         if hasattr(model, "pixel_decoder"):
-            shown |= block_pictures(model, imgs, draws)
+            shown |= block_pictures(model, method, imgs, draws)
     for title, x in shown.items():
         if title.startswith(("input", "masked", "true", "target", "teacher")):
             panels[title] = target = x
@@ -333,8 +333,8 @@ FIGURES = {  # (cfg, path of the picture) -> numbers
 def main():
     name = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     cfg = common.parse(Config, {}, __doc__, sys.argv[2 if name else 1:])
-    if name not in FIGURES or not cfg.init and name != "mask":
-        sys.exit(f"give one of {', '.join(FIGURES)}, and --init with the files that it takes (--help)")
+    if name not in FIGURES or not cfg.init and name != "mask" or cfg.init[1:] and name == "reconstruction":
+        sys.exit(f"give one of {', '.join(FIGURES)}, and --init with the file or files that it takes (--help)")
     path = Path(cfg.out or f"out/{name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with common.replacing(path) as picture, common.replacing(path.with_suffix(".json")) as file:

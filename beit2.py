@@ -178,7 +178,7 @@ class Block(nn.Module):
     def attend(self, x, positions):
         bias = torch.cat((self.attn.q_bias, torch.zeros_like(self.attn.q_bias), self.attn.v_bias))  # none on keys
         x = F.linear(x, self.attn.qkv.weight, bias)
-        q, k, v = x.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        q, k, v = (t.transpose(1, 2) for t in x.unflatten(2, (3, self.num_heads, -1)).unbind(2))  # (B, heads, T, d)
         bias = F.embedding(positions, self.attn.relative_position_bias_table).permute(2, 0, 1)  # (heads, T, T)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.attn.proj(x.transpose(1, 2).flatten(2))

@@ -1,6 +1,7 @@
 """
 What training shows of a model besides its loss: kNN accuracy and validation loss (--eval_every), and preview.png.
-The reading of images for evaluation, which finetune.py, transfer/, and analyze.py share, is here as well.
+Also what finetune.py, transfer/, and analyze.py share: reading images for evaluation, nearest neighbors and logistic
+regression, what a model says of photos; and --micro_batch auto.
 """
 import contextlib
 import copy
@@ -118,11 +119,13 @@ def outputs(f, cfg, device, autocast, *sets):
             with autocast:
                 rows = f(common.to_device(imgs, labels, device)[0]).float()
             if not rows.isfinite().all():
-                sys.exit(f"outputs of the model are not finite, --init {cfg.init}; try --precision fp32")
+                sys.exit(f"{cfg.init or cfg.out_dir}: outputs of the model are not finite; try --precision fp32")
             parts[-1].append((rows.cpu(), labels, numbers))
     common.note_bad({}, bad, sum(len(ids) for _, ids in sets), cfg)
     found = []
     for batches in zip(*common.gather(parts)):  # of one set, by process
+        if not any(batches):
+            sys.exit("no image is readable")
         rows, labels, numbers = (torch.cat(x) for x in zip(*sum(batches, [])))
         order = numbers.argsort()
         found.append((rows[order], labels[order], numbers[order]))
@@ -210,7 +213,7 @@ def choose(n, limit):
 def evaluate_encoder(model, cfg, device, autocast, samples):
     """For pretraining: loss and metrics on val/, always with the same masks; with labels also kNN accuracy -> by name.
 
-    Exact for any number of processes.
+    Exact for any number of processes, but for deviations (target_std), which are of a batch.
     """
     train, val, found, rows = samples.source, common.open_data(cfg, "val"), {}, []
     ids = choose(len(val), max(1, cfg.eval_images // 5))

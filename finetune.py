@@ -11,9 +11,10 @@ Evaluate a pretrained encoder by fine-tuning, a linear probe, or nearest neighbo
     --predict PHOTOS   no training: out_dir/predictions.csv, the five classes that a model.pt finds most probable
     --embed PHOTOS     no training: out_dir/features.npz, an encoder's features; PHOTOS is a file or a folder
 
---init takes encoder.pt of any method here, model.pt of this script, or a ViT of MAE, DINO, BEiT v2, or timm, also as
-safetensors; which tensors are used, initialized anew, and left out is printed. The last model is what is evaluated and
-saved, in out_dir/model.pt; with --ema the average of its weights.
+--init takes encoder.pt of any method here, a ViT of MAE, DINO, BEiT v2, or timm, also as safetensors, or model.pt of
+this script, but not for knn, probe, and --embed if it reads the patches' mean: it lacks the encoder's norm.
+Training prints which tensors are used, initialized anew, and left out. The last model is what is evaluated and saved,
+in out_dir/model.pt; with --ema the average of its weights.
 
 One training step, `Classifier.forward`, for B images, N patches, width D, C classes:
     imgs, labels = mix(imgs, labels)            # mixup or cutmix within the batch; labels become soft, (B, C)

@@ -171,7 +171,7 @@ class Block(nn.Module):
         q_bias, v_bias = self.attn.q_bias, self.attn.v_bias
         bias = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))  # the softmax would cancel a bias of k
         qkv = F.linear(x, self.attn.qkv.weight, bias)  # (B, L, 3 * D)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2))  # (B, heads, L, d)
         return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def drop(self, x):
@@ -373,7 +373,7 @@ def evaluate(model, cfg, device, autocast, samples):
     """
     train, val, bad, rows = samples.source, videos.open_data(cfg, "val"), {}, []
     labeled = train.classes != [""]
-    sets = [(train, choose(len(train), cfg.eval_images))] * labeled  # read before processes talk, as in evaluate.knn
+    sets = [(train, choose(len(train), cfg.eval_images))] * labeled  # read before processes talk: evaluate.outputs
     sets += [(val, choose(len(val), max(1, cfg.eval_images // 5)))]
     parts = [[] for _ in sets]  # of features (B, 2, D) and labels (B,)
     for part, (source, ids) in zip(parts, sets):

@@ -71,6 +71,7 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--out_dir", type=Path, default=Path("out/cifar10"))
     parser.add_argument("--flags", default="", help="further flags of every run, such as '--num_workers 1'")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     args = parser.parse_args()
     end = f"--data {shlex.quote(args.data)} {args.flags}"
 
@@ -81,7 +82,7 @@ def main():
         torch.save(dict(model=ddae.ViT(**SIZES).state_dict(), config=SIZES), path)
 
     rows = [("scratch", "", "", accuracy(f"{SCRATCH} {end}", args.out_dir / "scratch"))]
-    for name in ("untrained", *METHODS):
+    for name in ("untrained", *args.methods):
         out, tuned = args.out_dir / name, ""
         init = f"--init {shlex.quote(str(out / 'encoder.pt'))} {end}"
         if name in METHODS:
