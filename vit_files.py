@@ -58,6 +58,8 @@ def vit_sizes(weights, config, path):
     side = math.isqrt(max(0, weights["pos_embed"].shape[1] - 1))
     # Weights do not tell the number of heads: mostly 64 channels each, but 80 in the ViT-H of MAE and timm.
     heads = config.get("num_heads", 16 if D == 1280 else max(1, D // 64))
+    if "num_heads" not in config:
+        common.print0(f"{path} does not say how many heads it has; taken: {heads}. Otherwise, give --num_heads")
     if D % 4 or D % heads:
         sys.exit(f"{path}: width {D} is not divisible by 4 and by {heads} heads")
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
