@@ -44,15 +44,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sources import MEAN, STD, Crop, Folder, draft, mean_std, name_of, open_data, planar, to_rgb  # noqa: F401
+from sources import (MEAN, STD, Crop, Folder, draft, feed, make_loader, mean_std, name_of, open_data,  # noqa: F401
+                     planar, to_rgb)
 
 RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(k, d)) for k, d in (
     ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
-DATA_TIMEOUT = 300  # seconds after which a batch that does not come ends the run
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -187,17 +187,6 @@ def batches(n, cfg, micro, start, stop):
             order = np.random.default_rng((cfg.seed, epoch)).permutation(n)
         batch = order[i * cfg.batch_size:(i + 1) * cfg.batch_size].reshape(WORLD, -1, micro)
         yield from ([(epoch, int(index)) for index in part] for part in batch[RANK])
-
-
-def make_loader(dataset, cfg, collate_fn, **options):
-    """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
-    def share(items):  # here an error ends the run; in the thread that sends a batch, it would lose it without a word
-        return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, collate_fn(items))
-
-    if cfg.num_workers:
-        options |= dict(multiprocessing_context="fork", timeout=DATA_TIMEOUT, worker_init_fn=lambda _: os.setpgrp())
-    return DataLoader(dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers,
-                      pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
 def to_device(imgs, draws, device):
@@ -433,7 +422,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         optimizer.load_state_dict(state.pop("optimizer"))
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
     ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
-    loader = iter(make_loader(samples, cfg, samples.collate, batch_sampler=batches(n, cfg, micro, step, stop)))
+    loader = feed(samples, cfg, device, batches(n, cfg, micro, step, stop))
     print0(f"{about['method']}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train, "
            f"{n:,} images of {cfg.data}, {device} {'bf16' if autocast._enabled else 'fp32'}\nbatch {cfg.batch_size} = "
            f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")

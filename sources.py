@@ -1,4 +1,6 @@
-"""Where images come from: folders, torchvision's data sets by name, generated shapes; and how they become tensors."""
+"""Where images come from: folders, torchvision's data sets by name, generated shapes; how they become batches."""
+import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -12,11 +14,14 @@ import torch
 import torchvision
 from filelock import FileLock  # torch needs it, too
 from PIL import Image
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
 from shapes import Shapes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+DATA_TIMEOUT = 300  # seconds after which a batch that does not come ends the run
 
 
 def open_data(cfg, split):
@@ -37,10 +42,10 @@ def open_data(cfg, split):
     which = dict(split=split if split == "train" or cfg.data in ("ImageNet", "Imagenette") else "test")
     which = dict(train=split == "train") if "train" in flags else which
     if "download" not in flags:
-        return make("data", **which)
+        return kept(make("data", **which))
     os.makedirs("data", exist_ok=True)
     with FileLock("data/download.lock"):  # one process, of any machine, downloads; the others find the files
-        return make("data", **which, download=True)
+        return kept(make("data", **which, download=True))
 
 
 class Folder(torchvision.datasets.ImageFolder):
@@ -139,3 +144,97 @@ class Crop(v2.RandomResizedCrop):
 @functools.cache  # copied to the device once: a copy per step would wait for the GPU
 def mean_std(device):
     return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+def make_loader(dataset, cfg, collate_fn, **options):
+    """DataLoader whose workers leave the process group: a signal to all of it spares the data of the running step."""
+    def share(items):  # here an error ends the run; in the thread that sends a batch, it would lose it without a word
+        return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, collate_fn(items))
+
+    if cfg.num_workers:
+        options |= dict(multiprocessing_context="fork", timeout=DATA_TIMEOUT, worker_init_fn=lambda _: os.setpgrp())
+    return DataLoader(dataset, collate_fn=share if cfg.num_workers else collate_fn, num_workers=cfg.num_workers,
+                      pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
+
+
+def feed(samples, cfg, device, keys):
+    """Iterator over the batches of `samples`, one per list of keys: images uint8 (B, 3, S, S), draws, unreadable files.
+
+    A GPU holds small sets itself and cuts the crops; workers, too slow for a ViT-tiny otherwise, draw boxes and masks.
+    """
+    if device.type != "cuda":
+        return iter(make_loader(samples, cfg, samples.collate, batch_sampler=keys))
+    images, drawn = resident(samples, cfg, device), copy.copy(samples)
+    if images is not None:
+        drawn.read = functools.partial(draw_box, samples)
+    loader = iter(make_loader(drawn, cfg, samples.collate, batch_sampler=keys))  # workers start here, as above
+    return ahead(loader, device, images, cfg.img_size)
+
+
+def ahead(loader, device, images, size):
+    """Yield the loader's batches on the GPU. Each is copied there, and cut, while the one before it computes."""
+    stream, previous = torch.cuda.Stream(device), None
+    for batch in loader:
+        stream.wait_stream(torch.cuda.current_stream(device))  # nothing then uses memory that older batches have left
+        with torch.cuda.stream(stream):
+            imgs, *rest = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
+            imgs = imgs if images is None else cut(images, imgs, size)
+        if previous:
+            yield previous
+        torch.cuda.current_stream(device).wait_stream(stream)
+        previous = imgs, *rest
+    yield previous
+
+
+def resident(samples, cfg, device):
+    """The whole set on the device, uint8 (N, 3, H, W); None if it is not `Kept`, or has another crop or odd images."""
+    source, crop = samples.source, getattr(samples.crop, "transforms", ())
+    if not isinstance(source, Kept) or [type(t) for t in crop] != [Crop, v2.RandomHorizontalFlip]:
+        return None
+    for _ in make_loader(Filled(source), cfg, list, batch_size=500):  # by the workers, into memory shared with them
+        pass
+    return torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2) if source.labels.all() else None
+
+
+class Filled:
+    """[i] has `Kept` read image i."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        with contextlib.suppress(Exception):  # broken; `Samples` names it
+            self.source[i]
+
+
+def draw_box(samples, index):
+    """In place of `Samples.read`: what its crop and flip draw -> (index, top, left, height, width, flip) (6,), None."""
+    crop, flip = samples.crop.transforms
+    box = crop.make_params([Image.new("L", samples.source.size)])
+    box = *(box[k] for k in ("top", "left", "height", "width")), int(torch.rand(1) < flip.p)
+    return torch.tensor((index, *box)), None
+
+
+def cut(images, boxes, size):
+    """The crops of `Samples`, as they are but for rounding: images (N, 3, H, W), boxes (B, 6) -> uint8 (B, 3, S, S)."""
+    index, top, left, height, width, flip = boxes.T
+    x = images[index].float()  # (B, 3, H, W)
+    for start, length in ((left, width), (top, height)):  # columns, then rows, each rounded, as in Pillow
+        x = (x @ bicubic(start, length, x.shape[-1], size).mT.unsqueeze(1)).round().clamp(0, 255).mT
+    return torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x).byte()
+
+
+def bicubic(start, length, n, size):
+    """Weights of n pixels in an antialiased resize of pixels start..start + length to `size` (B,) -> (B, size, n)."""
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    pixel = torch.arange(n, device=start.device) - start  # (B, 1, n), from the left end of the crop
+    center = (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * length / size  # (B, size, 1)
+    t = ((pixel + 0.5 - center) / (length / size).clamp(min=1)).abs()
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2  # Keys' kernel with a = -0.5
+    weight = torch.where(t < 1, near, far * (t < 2)) * ((pixel >= 0) & (pixel < length))
+    return weight / weight.sum(-1, keepdim=True)

@@ -6,9 +6,10 @@ Speed and memory of pretraining.
     python results/bench.py step --methods MAE SdAE SdAE-masked SdAE-full SdAE-crop        ways to feed SdAE's teacher
     python results/bench.py step --methods BEiT2-none BEiT2-dds --sizes B                  DDS over plain BEiT v2
     python results/bench.py step --methods DDAE --sizes B --profile                        with the costliest operations
+    python results/bench.py step --compile                                                 eager and compiled
     python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
     python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
-    python results/bench.py scaling               cost per image against batch size, image size, and K
+    python results/bench.py scaling               cost per image against batch size, image size, K, and processes
     python results/bench.py loader --data FOLDER [--img_size 32 --patch_size 4]            beside MAE's own pipeline
     python results/bench.py mask                  time of a block-wise and a random mask
 
@@ -20,7 +21,10 @@ import argparse
 import contextlib
 import copy
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
@@ -81,10 +85,10 @@ def batch(model, B, device):
     return torch.randn(B, 3, cfg.img_size, cfg.img_size, device=device), torch.from_numpy(draws).to(device)
 
 
-def ours(name, size, B, precision, args):
+def ours(name, size, B, precision, args, compile=False):
     """-> training step as in common.train."""
     model = METHODS[name](**SIZES[size]).to(args.device)
-    cfg = common.RunConfig(device=args.device, precision=precision, compile=args.compile, recompute=args.recompute)
+    cfg = common.RunConfig(device=args.device, precision=precision, compile=compile, recompute=args.recompute)
     optimizer = common.adamw(model, model.cfg)
     common.wrap_blocks(model, cfg)
     imgs, draws = batch(model, B, args.device)
@@ -123,7 +127,7 @@ def alternate(steps, args):
 
 
 def flops_of(step):
-    """FLOPs of a call, with attention, which is not counted if it is fused. Without --compile also the warm-up."""
+    """FLOPs of a call, which is also the warm-up, with attention, which is not counted if it is fused."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH), mock.patch("torch.backends.cuda.enable_flash_sdp"), \
             torch.compiler.set_stance("force_eager"):  # the steps set what the context has set
@@ -133,7 +137,7 @@ def flops_of(step):
 
 def step(args):
     rows = []
-    print(f"{'size':5}{'type':6}{'':18}{'images/s':>9}{'GFLOP/image':>12}{'of limit':>9}  time / time of (range)")
+    print(f"{'size':5}{'type':6}{'':22}{'images/s':>9}{'GFLOP/image':>12}{'of limit':>9}  time / time of (range)")
     for size in args.sizes:
         B = args.batch or (32 if size == "tiny" else 8)
         for precision in args.precision:
@@ -141,6 +145,9 @@ def step(args):
             steps, against = {}, {}
             for name in args.methods:
                 steps[name], against[name] = ours(name, size, B, precision, args), args.methods[0]
+                if args.compile:
+                    compiled = f"{name} compiled"
+                    steps[compiled], against[compiled] = ours(name, size, B, precision, args, True), name
                 path = getattr(args, "bootmae" if name == "DDAE" else name.lower(), None)
                 if path:
                     model, other = METHODS[name](**SIZES[size]), "official " + ("BootMAE" if name == "DDAE" else name)
@@ -149,6 +156,9 @@ def step(args):
                         steps[other] = official(name, path, model.cfg, imgs, Features(), precision)
                     against[other] = name
             flops = {name: flops_of(run) / B for name, run in steps.items()}
+            if args.compile:
+                for run in steps.values():  # compiles
+                    run()
             times = alternate(steps | dict(limit=lambda: x @ x), args)
             limit = 2 * 4096 ** 3 / np.median(times["limit"])
             for name in steps:
@@ -159,7 +169,7 @@ def step(args):
                 if args.device == "cuda":
                     row["peak_gib"] = peak_of(steps[name])
                 rows.append(row)
-                print(f"{size:5}{precision:6}{name:18}{speed:9.3g}{row['gflop']:12.4g}{row['of_limit']:9.0%}"
+                print(f"{size:5}{precision:6}{name:22}{speed:9.3g}{row['gflop']:12.4g}{row['of_limit']:9.0%}"
                       + (f"  {row['peak_gib']:.1f} GiB" if "peak_gib" in row else "")
                       + f"  {row['ratio']:.2f} {against[name]} ({min(ratio):.2f} to {max(ratio):.2f})", flush=True)
             if args.profile:
@@ -244,7 +254,23 @@ def scaling(args):
         rows.append(dict(name=name, ms_per_image=1e3 * seconds / B, gflop=flops[name] / 1e9))
         print(f"{name:12}{1e3 * seconds / B:8.1f} ms/image {flops[name] / 1e9:7.2f} GFLOP/image "
               f"{flops[name] * B / seconds / 1e9:7.0f} GFLOP/s")
+    for n in args.processes:
+        rows.append(dict(name=f"{n} processes", images_per_s=rate_of(n, args)))
+        print(f"{n} processes x 16 images: {rows[-1]['images_per_s']:.1f} images/s by the clock, with data loading")
     return rows
+
+
+def rate_of(processes, args):
+    """Images/s of a whole run of that many processes: the median of its log lines but the first."""
+    with tempfile.TemporaryDirectory() as out:
+        flags = {f"--{k}": v for k, v in SIZES["tiny"].items()} | {
+            "--batch_size": 16 * processes, "--max_steps": 10 * (args.runs + 1), "--log_every": 10, "--save_every": 0,
+            "--device": args.device, "--precision": args.precision[0], "--out_dir": out}
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                        ddae.__file__, *(str(x) for flag in flags.items() for x in flag)], check=True,
+                       stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    return float(np.median([json.loads(line)["images_per_s"] for line in lines[1:]]))
 
 
 def ema(args):
@@ -275,6 +301,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, help="default: step 8, tiny 32; memory 512, SdAE 96")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="scaling")
     parser.add_argument("--data", help="loader: folder with train/, with a folder of JPEGs per class")
     for flag, default in dict(img_size=224, patch_size=16, images=64).items():
         parser.add_argument(f"--{flag}", type=int, default=default, help="loader")
@@ -283,6 +310,7 @@ def main():
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch._dynamo.config.recompile_limit = 100  # of all models here together; beyond, they would run eagerly
     if args.device == "cpu":
         torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if args.device == 'cuda' else 'one CPU core'}, "

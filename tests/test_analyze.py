@@ -23,6 +23,7 @@ from sklearn.metrics import log_loss
 from test_common import config
 from test_finetune import (CLASSES, HERE, VIT, build, center, encoder, images, noisy, run, save,  # noqa: F401
                            tuned)
+from torchvision.transforms import v2
 
 import analyze
 import common
@@ -135,6 +136,14 @@ def test_small_images_are_decoded_once_by_all_workers(tmp_path):
     assert len(first) == 4 and len(again) == 3 and {Path(name).name for name in bad} == {"6.png", "7.png"}
     for (img, *label), (img2, *label2) in zip(sum(first, [])[:6], sum(again, [])):
         assert torch.equal(img, img2) and label == label2
+
+
+def test_center_crops_of_large_jpegs_are_nearly_those_of_the_whole_image(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8))
+    noise.resize((600, 400), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
+    found = evaluate.read_center([(image := Image.open(tmp_path / "x.jpg"), 0)], config("--img_size 64"), 0)[0].int()
+    x = v2.functional.resize(common.to_rgb(Image.open(tmp_path / "x.jpg")), [64], v2.InterpolationMode.BICUBIC)
+    assert image.size == (300, 200) and (found - v2.functional.center_crop(x, [64])).abs().float().mean() < 1
 
 
 @torch.no_grad()

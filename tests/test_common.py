@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ import beit2
 import common
 import ddae
 import deepmim
-import evaluate
 import finetune
 import sdae
 from shapes import Shapes
@@ -127,9 +127,21 @@ def test_crops_are_torchvisions_and_nearly_so_of_jpegs_at_reduced_scale(tmp_path
         wanted = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=cubic)(full)
         assert (image.width < 600) == (size == 64)
         assert (found - wanted).abs().float().mean() < 2 if size == 64 else torch.equal(found, wanted.int())
-    found = evaluate.read_center([(image := Image.open(tmp_path / "x.jpg"), 0)], config("--img_size 64"), 0)[0].int()
-    wanted = v2.functional.center_crop(v2.functional.resize(full, [64], cubic), [64])
-    assert image.size == (300, 200) and (found - wanted).abs().float().mean() < 1
+
+
+def test_a_gpu_cuts_the_same_crops_itself_if_it_can_hold_the_set(images, tmp_path, monkeypatch):
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 20, 24, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *device, **how: tensor)
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    for data, most in ((tmp_path, 2), (images, 0)):  # the latter are of several sizes, and cropped by the workers
+        cfg, keys = config(f"--data {data} --num_workers 1"), [[(epoch, i) for i in range(12)] for epoch in range(3)]
+        samples = common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
+        batches = (common.feed(samples, cfg, device, keys) for device in (torch.device("cpu"), MagicMock(type="cuda")))
+        for (a, mask, _), (b, same, _) in zip(*batches, strict=True):
+            difference = (a.int() - b.int()).abs()
+            assert torch.equal(mask, same) and difference.max() <= most and difference.float().mean() < 0.01
+            assert a.dtype == b.dtype and difference.any() == (most > 0)  # rounding tells who has cropped
 
 
 def test_shapes_are_what_they_say():
