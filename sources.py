@@ -74,7 +74,7 @@ def kept(source, limit=2**31):
 
 
 class Kept:
-    """Data set that keeps RGB images of size (W, H) in memory, decoded, once they are read; forked workers share it."""
+    """Data set that keeps images of size (W, H) in memory, as RGB, once they are read; forked workers share it."""
 
     def __init__(self, source, size):
         self.source, self.size, N = source, size, len(source)
@@ -90,9 +90,9 @@ class Kept:
     def __getitem__(self, i):
         if not self.labels[i]:
             image, label = self.source[i]
-            if (image.mode, image.size) != ("RGB", self.size):
+            if image.size != self.size:
                 return image, label
-            self.images[i] = image
+            self.images[i] = to_rgb(image).permute(1, 2, 0)
             self.labels[i] = label + 1
         return Image.fromarray(self.images[i]), int(self.labels[i]) - 1
 
@@ -159,61 +159,50 @@ def make_loader(dataset, cfg, collate_fn, **options):
                       pin_memory=cfg.device != "cpu" and torch.cuda.is_available(), **options)
 
 
-def feed(samples, cfg, device, keys):
+def resident(samples, device):
+    """The whole set on the GPU, uint8 (N, 3, H, W). None if it is not `Kept`, is cropped in another way, or has images
+    that are unreadable or of another size."""
+    source, crop = samples.source, [type(t) for t in getattr(samples.crop, "transforms", ())]
+    if device.type != "cuda" or not isinstance(source, Kept) or crop != [Crop, v2.RandomHorizontalFlip]:
+        return None
+    with contextlib.suppress(Exception):  # at the first unreadable image, which `Samples` will name
+        for _ in make_loader(source, samples.cfg, len, batch_size=500):  # by workers, into memory shared with them
+            pass
+    return torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2) if source.labels.all() else None
+
+
+def feed(samples, images, device, keys):
     """Iterator over the batches of `samples`, one per list of keys: images uint8 (B, 3, S, S), draws, unreadable files.
 
-    A GPU holds small sets itself and cuts the crops; workers, too slow for a ViT-tiny otherwise, draw boxes and masks.
+    With images on the GPU, crops are cut there, and the workers only draw boxes and masks: a ViT-tiny takes more crops
+    than they could make.
     """
-    if device.type != "cuda":
-        return iter(make_loader(samples, cfg, samples.collate, batch_sampler=keys))
-    images, drawn = resident(samples, cfg, device), copy.copy(samples)
+    drawn, crop = copy.copy(samples), None
     if images is not None:
         drawn.read = functools.partial(draw_box, samples)
-    loader = iter(make_loader(drawn, cfg, samples.collate, batch_sampler=keys))  # workers start here, as above
-    return ahead(loader, device, images, cfg.img_size)
+        crop = functools.partial(cut, images, size=samples.crop.transforms[0].size[0])
+    loader = iter(make_loader(drawn, samples.cfg, samples.collate, batch_sampler=keys))  # workers start here
+    return ahead(loader, device, crop) if device.type == "cuda" else loader
 
 
-def ahead(loader, device, images, size):
-    """Yield the loader's batches on the GPU. Each is copied there, and cut, while the one before it computes."""
+def ahead(loader, device, crop):
+    """Yield the loader's batches on the GPU. Each is copied there, and cropped, while the one before it computes."""
     stream, previous = torch.cuda.Stream(device), None
     for batch in loader:
-        stream.wait_stream(torch.cuda.current_stream(device))  # nothing then uses memory that older batches have left
+        stream.wait_stream(torch.cuda.current_stream(device))  # memory of old batches is reused after their work only
         with torch.cuda.stream(stream):
             imgs, *rest = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
-            imgs = imgs if images is None else cut(images, imgs, size)
+            imgs = crop(imgs) if crop else imgs
         if previous:
             yield previous
         torch.cuda.current_stream(device).wait_stream(stream)
         previous = imgs, *rest
-    yield previous
-
-
-def resident(samples, cfg, device):
-    """The whole set on the device, uint8 (N, 3, H, W); None if it is not `Kept`, or has another crop or odd images."""
-    source, crop = samples.source, getattr(samples.crop, "transforms", ())
-    if not isinstance(source, Kept) or [type(t) for t in crop] != [Crop, v2.RandomHorizontalFlip]:
-        return None
-    for _ in make_loader(Filled(source), cfg, list, batch_size=500):  # by the workers, into memory shared with them
-        pass
-    return torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2) if source.labels.all() else None
-
-
-class Filled:
-    """[i] has `Kept` read image i."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        with contextlib.suppress(Exception):  # broken; `Samples` names it
-            self.source[i]
+    if previous:
+        yield previous
 
 
 def draw_box(samples, index):
-    """In place of `Samples.read`: what its crop and flip draw -> (index, top, left, height, width, flip) (6,), None."""
+    """In place of `Samples.read`: draws its crop and flip -> (index, top, left, height, width, flip), None."""
     crop, flip = samples.crop.transforms
     box = crop.make_params([Image.new("L", samples.source.size)])
     box = *(box[k] for k in ("top", "left", "height", "width")), int(torch.rand(1) < flip.p)
@@ -221,16 +210,16 @@ def draw_box(samples, index):
 
 
 def cut(images, boxes, size):
-    """The crops of `Samples`, as they are but for rounding: images (N, 3, H, W), boxes (B, 6) -> uint8 (B, 3, S, S)."""
+    """The crops of `Samples`, up to rounding: images uint8 (N, 3, H, W), boxes (B, 6) -> uint8 (B, 3, S, S)."""
     index, top, left, height, width, flip = boxes.T
     x = images[index].float()  # (B, 3, H, W)
     for start, length in ((left, width), (top, height)):  # columns, then rows, each rounded, as in Pillow
-        x = (x @ bicubic(start, length, x.shape[-1], size).mT.unsqueeze(1)).round().clamp(0, 255).mT
+        x = torch.einsum("bchw,bsw->bcsh", x, bicubic(start, length, x.shape[-1], size)).round_().clamp_(0, 255)
     return torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x).byte()
 
 
 def bicubic(start, length, n, size):
-    """Weights of n pixels in an antialiased resize of pixels start..start + length to `size` (B,) -> (B, size, n)."""
+    """Weights of n pixels in the antialiased resize of pixels start to start + length - 1 (B,) -> (B, size, n)."""
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     pixel = torch.arange(n, device=start.device) - start  # (B, 1, n), from the left end of the crop
     center = (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * length / size  # (B, size, 1)

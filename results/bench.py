@@ -6,7 +6,7 @@ Speed and memory of pretraining.
     python results/bench.py step --methods MAE SdAE SdAE-masked SdAE-full SdAE-crop        ways to feed SdAE's teacher
     python results/bench.py step --methods BEiT2-none BEiT2-dds --sizes B                  DDS over plain BEiT v2
     python results/bench.py step --methods DDAE --sizes B --profile                        with the costliest operations
-    python results/bench.py step --compile                                                 eager and compiled
+    python results/bench.py step --methods DDAE --sizes B --compile       beside eager; models would share their graphs
     python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
     python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
     python results/bench.py scaling               cost per image against batch size, image size, K, and processes
@@ -254,7 +254,7 @@ def scaling(args):
         rows.append(dict(name=name, ms_per_image=1e3 * seconds / B, gflop=flops[name] / 1e9))
         print(f"{name:12}{1e3 * seconds / B:8.1f} ms/image {flops[name] / 1e9:7.2f} GFLOP/image "
               f"{flops[name] * B / seconds / 1e9:7.0f} GFLOP/s")
-    for n in args.processes:
+    for n in (n for n in args.processes if args.device == "cpu" or n <= torch.cuda.device_count()):
         rows.append(dict(name=f"{n} processes", images_per_s=rate_of(n, args)))
         print(f"{n} processes x 16 images: {rows[-1]['images_per_s']:.1f} images/s by the clock, with data loading")
     return rows
