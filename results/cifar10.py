@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--out_dir", type=Path, default=Path("out/cifar10"))
     parser.add_argument("--flags", default="", help="further flags of every run, such as '--num_workers 1'")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True, help="half of the time")
     args = parser.parse_args()
     end = f"--data {shlex.quote(args.data)} {args.flags}"
 
@@ -81,12 +82,13 @@ def main():
     with common.replacing(untrained) as path:
         torch.save(dict(model=ddae.ViT(**SIZES).state_dict(), config=SIZES), path)
 
-    rows = [("scratch", "", "", accuracy(f"{SCRATCH} {end}", args.out_dir / "scratch"))]
+    rows = [("scratch", "", "", accuracy(f"{SCRATCH} {end}", args.out_dir / "scratch"))] if args.finetune else []
     for name in ("untrained", *args.methods):
         out, tuned = args.out_dir / name, ""
         init = f"--init {shlex.quote(str(out / 'encoder.pt'))} {end}"
         if name in METHODS:
             run(f"{METHODS[name]} {PRETRAIN} {end}", out)
+        if name in METHODS and args.finetune:
             tuned = accuracy(f"{FINETUNE} {init}", out / "finetune")
         found = [run(f"finetune.py --mode {mode} --eval_images 10000 {init}", out / mode) for mode in ("knn", "probe")]
         frozen = [f"{float(re.search(r'^(knn|probe) +([0-9.]+)', text, re.M)[2]):.1f}" for text in found]
