@@ -160,27 +160,35 @@ def make_loader(dataset, cfg, collate_fn, **options):
 
 
 def resident(samples, device):
-    """The whole set on the GPU, uint8 (N, 3, H, W). None if it is not `Kept`, is cropped in another way, or has images
-    that are unreadable or of another size."""
+    """The whole set on the GPU, uint8 (N, 3, H, W). None if there is no GPU, or if the set is not `Kept`, is cropped in
+    another way, or has images that are unreadable or of another size."""
     source, crop = samples.source, [type(t) for t in getattr(samples.crop, "transforms", ())]
     if device.type != "cuda" or not isinstance(source, Kept) or crop != [Crop, v2.RandomHorizontalFlip]:
         return None
-    with contextlib.suppress(Exception):  # at the first unreadable image, which `Samples` will name
-        for _ in make_loader(source, samples.cfg, len, batch_size=500):  # by workers, into memory shared with them
-            pass
-    return torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2) if source.labels.all() else None
+
+    def read(ids):  # in a worker, into memory shared with it
+        try:
+            return all(source[i][0].size == source.size for i in ids)
+        except Exception:  # broken; `Samples` names it
+            return False
+
+    whole = all(make_loader(range(len(source)), samples.cfg, read, batch_size=100))
+    return torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2) if whole else None
 
 
 def feed(samples, images, device, keys):
-    """Iterator over the batches of `samples`, one per list of keys: images uint8 (B, 3, S, S), draws, unreadable files.
+    """Iterator over the batches of `samples`, as collated, one per list of keys; images: what `resident` has returned.
 
-    With images on the GPU, crops are cut there, and the workers only draw boxes and masks: a ViT-tiny takes more crops
-    than they could make.
+    With a set on the GPU, crops are cut there, and the workers only draw boxes and masks: by its FLOPs, a ViT-tiny
+    takes more crops than they could make.
     """
     drawn, crop = copy.copy(samples), None
     if images is not None:
-        drawn.read = functools.partial(draw_box, samples)
-        crop = functools.partial(cut, images, size=samples.crop.transforms[0].size[0])
+        drawn.read, size = functools.partial(draw_box, samples), samples.crop.transforms[0].size[0]
+
+        def crop(boxes):  # not all at once: it takes ten times the memory of the whole images
+            return torch.cat([cut(images, part, size) for part in boxes.split(256)])
+
     loader = iter(make_loader(drawn, samples.cfg, samples.collate, batch_sampler=keys))  # workers start here
     return ahead(loader, device, crop) if device.type == "cuda" else loader
 

@@ -6,8 +6,8 @@ Speed and memory of pretraining.
     python results/bench.py step --methods MAE SdAE SdAE-masked SdAE-full SdAE-crop        ways to feed SdAE's teacher
     python results/bench.py step --methods BEiT2-none BEiT2-dds --sizes B                  DDS over plain BEiT v2
     python results/bench.py step --methods DDAE --sizes B --profile                        with the costliest operations
-    python results/bench.py step --methods DDAE --sizes B --compile       beside eager; models would share their graphs
-    python results/bench.py step --device cuda --batch 256 [--compile] [--recompute]       with peak memory
+    python results/bench.py step --methods DDAE --sizes B --compile       beside eager; one method and size at a time
+    python results/bench.py step --device cuda --batch 256 [--recompute]                   with peak memory
     python results/bench.py memory                what the papers' recipes need per GPU, counted without a GPU
     python results/bench.py scaling               cost per image against batch size, image size, K, and processes
     python results/bench.py loader --data FOLDER [--img_size 32 --patch_size 4]            beside MAE's own pipeline

@@ -1,7 +1,7 @@
 """
 All methods on CIFAR-10 at equal budgets: nearest neighbors, logistic regression, and fine-tuning.
 
-    python results/cifar10.py --data ./cifar10 --out_dir out/cifar10        # four hours on two cores
+    python results/cifar10.py --data ./cifar10 [--no-finetune]        # four hours on two cores, or half of it
 
 The same command resumes the study; finished runs are not repeated. Each run is one command of this repository, printed
 when it starts. `--data` is CIFAR-10 as train/ and val/ of class folders, or torchvision's name CIFAR10. The rows:
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--out_dir", type=Path, default=Path("out/cifar10"))
     parser.add_argument("--flags", default="", help="further flags of every run, such as '--num_workers 1'")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True, help="half of the time")
+    parser.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     end = f"--data {shlex.quote(args.data)} {args.flags}"
 

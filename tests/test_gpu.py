@@ -66,6 +66,17 @@ def test_loss_and_gradient_agree(name):
         assert a[0] == pytest.approx(b[0], rel=tolerance) and F.cosine_similarity(a[1], b[1], 0) > cosine
 
 
+def test_crops_cut_on_the_gpu_are_the_loaders():
+    cfg = ddae.Config(img_size=32, patch_size=4, data="shapes", num_workers=4)
+    samples = common.Samples(common.open_data(cfg, "train"), cfg, ddae.draw_mask)
+    keys = [[(epoch, i) for i in range(300)] for epoch in range(3)]
+    cpu, gpu = (common.feed(samples, common.resident(samples, torch.device(*d)), torch.device(*d), keys)
+                for d in (("cpu",), ("cuda", 0)))
+    for (a, mask, _), (b, same, _) in zip(cpu, gpu, strict=True):
+        difference = (a.int() - b.cpu().int()).abs()
+        assert b.is_cuda and torch.equal(mask, same.cpu()) and difference.max() <= 2 and difference.any()
+
+
 def step(model, optimizer, imgs, ids):
     """One step of `common.train`, without its data."""
     with torch.autocast("cuda", torch.bfloat16):
