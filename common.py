@@ -413,7 +413,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if RANK == 0:  # whole lines of the log as it was at that step; a power failure may have torn its end
         log.seek(log.truncate(log.read(state["log"]).rfind(b"\n") + 1))
     wrap_blocks(model.to(device), cfg)
-    images = resident(samples, device) if type(samples) is Samples and step < stop else None
+    crop = resident(samples, device) if type(samples) is Samples and step < stop else None
     if cfg.micro_batch == "auto" and device.type == "cuda":
         from evaluate import largest_batch
         micro = largest_batch(model, cfg, device, autocast, samples, optimizer)
@@ -423,7 +423,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
         optimizer.load_state_dict(state.pop("optimizer"))
     ddp = model if WORLD == 1 else DistributedDataParallel(model, [LOCAL_RANK] if device.type == "cuda" else None)
     ddp.broadcast_buffers = False  # after the constructor, which synchronizes them once
-    loader = feed(samples, images, device, batches(n, cfg, micro, step, stop))
+    loader = feed(samples, crop, device, batches(n, cfg, micro, step, stop))
     print0(f"{about['method']}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train, "
            f"{n:,} images of {cfg.data}, {device} {'bf16' if autocast._enabled else 'fp32'}\nbatch {cfg.batch_size} = "
            f"{WORLD} processes x {accumulate} micro-batches x {micro}, steps {step:,} to {stop:,} of {total:,}")

@@ -1,5 +1,4 @@
 """Where images come from: folders, torchvision's data sets by name, generated shapes; how they become batches."""
-import contextlib
 import copy
 import functools
 import inspect
@@ -160,10 +159,11 @@ def make_loader(dataset, cfg, collate_fn, **options):
 
 
 def resident(samples, device):
-    """The whole set on the GPU, uint8 (N, 3, H, W). None if there is no GPU, or if the set is not `Kept`, is cropped in
-    another way, or has images that are unreadable or of another size."""
-    source, crop = samples.source, [type(t) for t in getattr(samples.crop, "transforms", ())]
-    if device.type != "cuda" or not isinstance(source, Kept) or crop != [Crop, v2.RandomHorizontalFlip]:
+    """Move the whole set to the GPU -> function from boxes of `draw_box` to crops. None if there is no GPU, or if the
+    set is not `Kept`, is cropped in another way, or has images that are unreadable or of another size."""
+    source, crop = samples.source, getattr(samples.crop, "transforms", ())
+    ours = [type(t) for t in crop] == [Crop, v2.RandomHorizontalFlip]
+    if device.type != "cuda" or not isinstance(source, Kept) or not ours:
         return None
 
     def read(ids):  # in a worker, into memory shared with it
@@ -172,23 +172,21 @@ def resident(samples, device):
         except Exception:  # broken; `Samples` names it
             return False
 
-    whole = all(make_loader(range(len(source)), samples.cfg, read, batch_size=100))
-    return torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2) if whole else None
+    if not all(make_loader(range(len(source)), samples.cfg, read, batch_size=100)):
+        return None
+    images = torch.from_numpy(source.images).to(device).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    return functools.partial(cut, images, size=crop[0].size[0])
 
 
-def feed(samples, images, device, keys):
-    """Iterator over the batches of `samples`, as collated, one per list of keys; images: what `resident` has returned.
+def feed(samples, crop, device, keys):
+    """Iterator over the batches of `samples`, as collated, one per list of keys; crop: what `resident` has returned.
 
     With a set on the GPU, crops are cut there, and the workers only draw boxes and masks: by its FLOPs, a ViT-tiny
     takes more crops than they could make.
     """
-    drawn, crop = copy.copy(samples), None
-    if images is not None:
-        drawn.read, size = functools.partial(draw_box, samples), samples.crop.transforms[0].size[0]
-
-        def crop(boxes):  # not all at once: it takes ten times the memory of the whole images
-            return torch.cat([cut(images, part, size) for part in boxes.split(256)])
-
+    drawn = copy.copy(samples)
+    if crop:
+        drawn.read = functools.partial(draw_box, samples)
     loader = iter(make_loader(drawn, samples.cfg, samples.collate, batch_sampler=keys))  # workers start here
     return ahead(loader, device, crop) if device.type == "cuda" else loader
 
@@ -200,7 +198,8 @@ def ahead(loader, device, crop):
         stream.wait_stream(torch.cuda.current_stream(device))  # memory of old batches is reused after their work only
         with torch.cuda.stream(stream):
             imgs, *rest = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
-            imgs = crop(imgs) if crop else imgs
+            if crop:  # in parts, as it takes ten times the memory of the whole images
+                imgs = torch.cat([crop(part) for part in imgs.split(256)])
         if previous:
             yield previous
         torch.cuda.current_stream(device).wait_stream(stream)
