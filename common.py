@@ -413,7 +413,7 @@ def train(cfg, model, samples, optimizer=adamw, schedule=cosine, evaluate=None):
     if RANK == 0:  # whole lines of the log as it was at that step; a power failure may have torn its end
         log.seek(log.truncate(log.read(state["log"]).rfind(b"\n") + 1))
     wrap_blocks(model.to(device), cfg)
-    crop = resident(samples, device) if type(samples) is Samples and step < stop else None  # others read otherwise
+    crop = resident(samples, device) if type(samples) is Samples and step < stop else None  # subclasses read otherwise
     if cfg.micro_batch == "auto" and device.type == "cuda":
         from evaluate import largest_batch
         micro = largest_batch(model, cfg, device, autocast, samples, optimizer)

@@ -159,7 +159,7 @@ def make_loader(dataset, cfg, collate_fn, **options):
 
 
 def resident(samples, device):
-    """Move the whole set to the GPU -> function from boxes of `draw_box` to crops. None if there is no GPU, or if the
+    """Move the whole set to the GPU -> function from boxes of `boxes_of` to crops. None if there is no GPU, or if the
     set is not `Kept`, is cropped in another way, or has images that are unreadable or of another size."""
     source, crop = samples.source, getattr(samples.crop, "transforms", ())
     ours = [type(t) for t in crop] == [Crop, v2.RandomHorizontalFlip]
@@ -184,9 +184,7 @@ def feed(samples, crop, device, keys):
     With a set on the GPU, crops are cut there, and the workers only draw boxes and masks: by its FLOPs, a ViT-tiny
     takes more crops than they could make.
     """
-    drawn = copy.copy(samples)
-    if crop:
-        drawn.read = functools.partial(draw_box, samples)
+    drawn = boxes_of(samples) if crop else samples
     loader = iter(make_loader(drawn, samples.cfg, samples.collate, batch_sampler=keys))  # workers start here
     return ahead(loader, device, crop) if device.type == "cuda" else loader
 
@@ -208,12 +206,18 @@ def ahead(loader, device, crop):
         yield previous
 
 
-def draw_box(samples, index):
-    """In place of `Samples.read`: draws its crop and flip -> (index, top, left, height, width, flip), None."""
-    crop, flip = samples.crop.transforms
-    box = crop.make_params([Image.new("L", samples.source.size)])
-    box = *(box[k] for k in ("top", "left", "height", "width")), int(torch.rand(1) < flip.p)
-    return torch.tensor((index, *box)), None
+def boxes_of(samples):
+    """The same samples, with what crop and flip draw in place of crops: (index, top, left, height, width, flip)."""
+    (crop, flip), blank = samples.crop.transforms, Image.new("L", samples.source.size)
+
+    def read(index):
+        box = crop.make_params([blank])
+        box = *(box[k] for k in ("top", "left", "height", "width")), int(torch.rand(1) < flip.p)
+        return torch.tensor((index, *box)), None  # no label
+
+    drawn = copy.copy(samples)
+    drawn.read = read
+    return drawn
 
 
 def cut(images, boxes, size):

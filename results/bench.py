@@ -246,7 +246,7 @@ def scaling(args):
     steps = {}
     for name, (B, more) in cases.items():
         SIZES[name] = tiny | more
-        steps[name] = ours("DDAE", name, B, args.precision[0], args)
+        steps[name] = ours("DDAE", name, B, args.precision[0], args, args.compile)
     flops = {name: flops_of(run) / cases[name][0] for name, run in steps.items()}
     rows = []
     for name, t in alternate(steps, args).items():

@@ -1,7 +1,5 @@
 """The commands loader and mask of bench.py: images per second and core of the loader, and the time of a mask."""
-import copy
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +41,7 @@ def loader(args):
         "ours, evaluation": lambda: default_collate([evaluate.read_center(source, cfg, i) for i in ids]),
         "decoding alone": lambda: [Image.open(source.samples[i][0]).load() for i in ids]}
     if isinstance(kept.source, sources.Kept):
-        boxes = copy.copy(kept)
-        boxes.read = partial(sources.draw_box, kept)
+        boxes = sources.boxes_of(kept)
         ways["ours, for a GPU"] = lambda: boxes.collate([boxes[0, i] for i in ids])  # that holds the set and crops
     return report(alternate(ways, args.runs), len(ids), "MAE's pipeline")
 

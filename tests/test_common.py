@@ -1,4 +1,5 @@
 """Flags, data, schedule, and optimizer of common.py, and what the README says of all scripts."""
+import itertools
 import re
 import shutil
 import sys
@@ -117,7 +118,7 @@ def test_crops_are_torchvisions_and_nearly_so_of_jpegs_at_reduced_scale(tmp_path
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8))
     noise.resize((600, 400), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
     full, cubic = common.to_rgb(Image.open(tmp_path / "x.jpg")), v2.InterpolationMode.BICUBIC
-    for size, seed in [(size, seed) for size in (210, 64) for seed in range(10)]:  # crops have twice the latter
+    for size, seed in itertools.product((210, 64), range(10)):  # every crop has twice the pixels of the latter
         torch.manual_seed(seed)
         found = common.Crop(size, (0.2, 1.0))(image := Image.open(tmp_path / "x.jpg")).int()
         torch.manual_seed(seed)
