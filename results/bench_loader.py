@@ -40,7 +40,7 @@ def loader(args):
         "ours, second epoch": lambda: kept.collate([kept[0, i] for i in ids]),  # faster if the set fits in memory
         "ours, evaluation": lambda: default_collate([evaluate.read_center(source, cfg, i) for i in ids]),
         "decoding alone": lambda: [Image.open(source.samples[i][0]).load() for i in ids]}
-    if isinstance(kept.source, sources.Kept):
+    if isinstance(kept.source, sources.Kept) and all(kept.source[i][0].size == kept.source.size for i in ids):
         boxes = sources.boxes_of(kept)
         ways["ours, for a GPU"] = lambda: boxes.collate([boxes[0, i] for i in ids])  # that holds the set and crops
     return report(alternate(ways, args.runs), len(ids), "MAE's pipeline")
